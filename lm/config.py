@@ -1,0 +1,459 @@
+"""The configuration of a whole run: frozen dataclasses, checked across fields, with an exact JSON round trip.
+
+`None` always means "off" or "derived from another field". Nothing here imports the rest of `lm`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import field
+from typing import Any, Literal
+
+SCHEMA_VERSION = 1
+
+
+class InputError(ValueError):
+    """The user's arguments or files are at fault. The message names the thing and the way out; commands print it, exit 2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The shape and the arithmetic of the network."""
+
+    num_layers: int = 4
+    """Layers in the stack."""
+    d_model: int = 128
+    """Width of the residual stream."""
+    num_heads: int = 4
+    """Query heads a layer."""
+    num_kv_heads: int | None = None
+    """Key/value heads a layer (grouped-query attention). None: num_heads."""
+    head_dim: int | None = None
+    """Width of a head. None: d_model / num_heads."""
+    d_ff: int | None = None
+    """Hidden width of the feed-forward block. None: 4 d_model; for SwiGLU 8/3 d_model, rounded up to 64."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Kind of normalisation."""
+    norm_position: Literal["pre", "post"] = "pre"
+    """Normalise before each block (with a final norm after the stack) or after each residual sum (without)."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance in every norm."""
+    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = "gelu"
+    """Nonlinearity of the feed-forward block; gelu is exact, gelu_tanh GPT-2's approximation."""
+    positions: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"
+    """How the model is told the order of tokens."""
+    max_positions: int | None = None
+    """Rows of the learned position table, in tokens. None: data.context."""
+    rotary_base: float = 10_000.0
+    """Base wavelength of rotary positions."""
+    qk_norm: bool = False
+    """RMS-normalise every query and key head."""
+    tie_embeddings: bool = True
+    """Use the embedding table as the output head."""
+    bias: bool = False
+    """Biases in the linear layers and in LayerNorm."""
+    head_bias: bool = False
+    """A bias on the logits."""
+    embedding_scale: bool = False
+    """Multiply embeddings by sqrt(d_model)."""
+    dropout: float = 0.0
+    """Dropout rate on embeddings, attention probabilities and the output of each block."""
+    hidden_dropout: bool = False
+    """Apply the dropout rate inside the feed-forward block too."""
+    logit_softcap: float | None = None
+    """Bound logits to (-c, c) by c tanh(x / c). None: off."""
+    initializer: Literal["normal", "torch"] = "normal"
+    """normal: N(0, init_std), block outputs scaled by 1/sqrt(2 num_layers). torch: PyTorch's own layer defaults."""
+    init_std: float = 0.02
+    """Standard deviation of the normal initializer."""
+    vocab_size: int | None = None
+    """Tokens in the vocabulary. None: as many as the tokenizer has."""
+    vocab_multiple: int = 64
+    """Vocabulary tables are padded up to a multiple of this; padded logits are -inf."""
+    compute_dtype: Literal["float32", "bfloat16", "tensorfloat32"] = "float32"
+    """Operands of matrix products. Sums, parameters, norms, softmax and loss stay in float32."""
+    scan_layers: bool = False
+    """Run the stack by lax.scan (constant compile time) instead of unrolled (faster on CPU)."""
+    remat: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def ff_width(self) -> int:
+        if self.d_ff is not None:
+            return self.d_ff
+        if self.activation == "swiglu":
+            return -(-8 * self.d_model // (3 * 64)) * 64
+        return 4 * self.d_model
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens in the vocabulary of a resolved config."""
+        assert self.vocab_size is not None, "the config is not resolved: vocab_size is None"
+        return self.vocab_size
+
+    @property
+    def padded_vocabulary(self) -> int:
+        """Rows of the vocabulary tables: `vocabulary` rounded up to `vocab_multiple`."""
+        return -(-self.vocabulary // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def position_rows(self) -> int:
+        """Rows of the learned position table of a resolved config."""
+        assert self.max_positions is not None, "the config is not resolved: max_positions is None"
+        return self.max_positions
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """How text becomes token ids."""
+
+    kind: Literal["bytes", "bpe", "file"] = "bytes"
+    """bytes: the 256 bytes with BOS and EOS. bpe: byte-level BPE trained on data.train. file: a tokenizer.json."""
+    path: str | None = None
+    """The tokenizer.json of kind "file"."""
+    vocab_size: int = 4096
+    """Tokens in a trained BPE, special tokens included."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how long a row is."""
+
+    train: str = "builtin:python-stdlib"
+    """Source of the training text: builtin:python-stdlib, tfds:NAME[/CONFIG][@VERSION][#FEATURE] or text:GLOB."""
+    validation: str | None = None
+    """Source of the validation text. None: the dataset's own validation or test split, else a tenth held out of train."""
+    context: int = 256
+    """Row length, in tokens."""
+    document_separator: str | None = None
+    """Splits each text file into documents. None: one document a file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer and its learning-rate schedule."""
+
+    name: Literal["adamw"] = "adamw"
+    """The update rule."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    warmup_steps: int = 100
+    """Steps of linear warmup from 0."""
+    final_learning_rate: float = 0.1
+    """Where the cosine ends, as a fraction of the peak."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.99
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay on matrices and tables; norms and biases have none."""
+    clip_norm: float | None = 1.0
+    """Gradients are scaled down to this global norm. None: off."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """How long to train, and on how much at once. Set exactly one of steps, tokens, epochs and seconds."""
+
+    steps: int | None = 1000
+    """Budget in optimizer updates."""
+    tokens: int | None = None
+    """Budget in tokens, rounded up to whole steps."""
+    epochs: float | None = None
+    """Budget in passes over the training text, rounded up to whole steps."""
+    seconds: float | None = None
+    """Budget in seconds of wall time in the loop, compilation left out."""
+    batch_size: int = 16
+    """Rows in the global batch of one update."""
+    gradient_accumulation: int = 1
+    """Micro-batches that the batch is cut into, to save memory."""
+    seed: int = 0
+    """Seed of initialisation, data order and dropout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and which are kept. The last step, a stop by signal and the best are always saved."""
+
+    every_steps: int | None = None
+    """Save every N steps. None: off."""
+    keep: int | None = 2
+    """Most recent checkpoints to keep, besides the best. None: all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """The evaluation in the loop and at the end."""
+
+    every_steps: int | None = None
+    """Evaluate every N steps. None: at the end only."""
+    max_tokens: int | None = None
+    """In the loop, take the first documents by hash of their id, up to this many tokens. The final one takes all."""
+    batch_size: int = 32
+    """Windows in a batch. Changes no result."""
+    window: int | None = None
+    """Longest input the model sees, in tokens. None: data.context."""
+    stride: int | None = None
+    """New tokens that each window scores. None: the window."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """Sizes of the mesh axes. Their product is the number of devices."""
+
+    data: int | None = None
+    """Replicas, each with its part of the batch. None: all devices that the other axes leave."""
+    fsdp: int = 1
+    """Devices over which each replica's parameters and optimizer state are split, and its batch with them."""
+    tensor: int = 1
+    """Devices over which heads, feed-forward width and vocabulary are split."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ObserveConfig:
+    """What is written and shown while training."""
+
+    every_steps: int = 1
+    """Write a line of metrics every N steps."""
+    tensorboard: bool = False
+    """Also write TensorBoard events into the run (extra: tensorboard)."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project (extra: wandb)."""
+    sample_prompt: str | None = ""
+    """After training, sample a continuation of this prompt. None: off."""
+    sample_tokens: int = 128
+    """Tokens of the sample."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
+
+    def resolve(self, vocab_size: int) -> RunConfig:
+        """Fills what the tokenizer and the context decide, so that the model can be built from the config alone."""
+        if self.model.vocab_size not in (None, vocab_size):
+            raise InputError(
+                f"model.vocab_size is {self.model.vocab_size} but the tokenizer has {vocab_size} tokens: "
+                "leave model.vocab_size at None, or use the tokenizer it was set for"
+            )
+        rows = self.model.max_positions or self.data.context
+        return dataclasses.replace(
+            self, model=dataclasses.replace(self.model, vocab_size=vocab_size, max_positions=rows)
+        )
+
+    def to_json(self) -> str:
+        """The config as JSON text; `from_json` gives it back exactly."""
+        return json.dumps({"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> RunConfig:
+        """Reads what `to_json` wrote. Raises InputError on another schema, an unknown field or a wrong type."""
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise InputError("not a run config: the JSON is not an object")
+        version = values.pop("schema_version", None)
+        if version != SCHEMA_VERSION:
+            raise InputError(
+                f"config has schema_version {version!r}, this version of lm reads {SCHEMA_VERSION}: open it with the lm that wrote it"
+            )
+        return _build(cls, values, "")
+
+    def validate(self) -> RunConfig:
+        """Checks every type and all that fields demand of one another; returns the config itself.
+
+        Raises InputError, naming the fields, their values and the way out. What depends on the devices or on the text
+        is checked where those are known, still before anything compiles.
+        """
+        _check_types(self, "")
+        _check_ranges(self)
+        _check_model(self.model, self.data)
+        _check_training(self.training)
+        _check_evaluation(self)
+        if (self.tokenizer.kind == "file") != (self.tokenizer.path is not None):
+            raise InputError(
+                f"tokenizer.kind is {self.tokenizer.kind!r} and tokenizer.path is {self.tokenizer.path!r}: kind 'file' needs a path, and only it has one"
+            )
+        if self.tokenizer.kind == "bpe" and self.tokenizer.vocab_size < 258:
+            raise InputError(
+                f"tokenizer.vocab_size is {self.tokenizer.vocab_size}: a byte-level BPE needs at least 258 (256 bytes, BOS and EOS)"
+            )
+        return self
+
+
+BUDGETS = ("steps", "tokens", "epochs", "seconds")
+"""The fields of `TrainingConfig` of which exactly one is set."""
+
+
+def differences(saved: RunConfig, wanted: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """The fields, by dotted name, in which two configs differ: {name: (saved, wanted)}."""
+    old, new = _flat(saved), _flat(wanted)
+    return {name: (old[name], new[name]) for name in old if old[name] != new[name]}
+
+
+def forbidden_on_resume(saved: RunConfig, wanted: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """The differences that a run can't be continued with: all that would change its numbers or its arrays."""
+    found = differences(saved, wanted)
+    free = {name for name in found if name.startswith(("parallel.", "checkpoint.", "evaluation.", "observe."))}
+    free |= {"model.scan_layers", "model.remat"}
+    old, new = saved.training.steps, wanted.training.steps
+    if old is not None and new is not None and new > old:
+        free.add("training.steps")
+    return {name: values for name, values in found.items() if name not in free}
+
+
+def nearest(name: str, names: typing.Iterable[str]) -> str:
+    """ ", did you mean 'x'?" for the closest of the names, or an empty string."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _flat(config: RunConfig) -> dict[str, Any]:
+    return {
+        f"{section}.{name}": value
+        for section, fields in dataclasses.asdict(config).items()
+        for name, value in fields.items()
+    }
+
+
+def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise InputError(f"unknown config field {prefix + name!r}{nearest(name, hints)}")
+        if dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, Mapping):
+                raise InputError(f"config section {prefix + name!r} is {value!r}, not an object")
+            value = _build(hints[name], value, f"{prefix}{name}.")
+        arguments[name] = value
+    built = cls(**arguments)
+    _check_types(built, prefix)
+    return built
+
+
+def _check_types(config: Any, prefix: str) -> None:
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(hint):
+            if type(value) is not hint:
+                raise InputError(f"{prefix}{name} is {value!r}, not a {typing.cast(type, hint).__name__}")
+            _check_types(value, f"{prefix}{name}.")
+        elif not _is_a(value, hint):
+            raise InputError(f"{prefix}{name} is {value!r}, it must be {_describe(hint)}")
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_a(value, option) for option in typing.get_args(hint))
+    if origin is Literal:
+        return isinstance(value, str) and value in typing.get_args(hint)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_describe(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    return {int: "a whole number", float: "a number", bool: "True or False", str: "text", type(None): "None"}[hint]
+
+
+_AT_LEAST_ZERO = {
+    "model.dropout",
+    "training.seed",
+    "optimizer.warmup_steps",
+    "optimizer.final_learning_rate",
+    "optimizer.beta1",
+    "optimizer.beta2",
+    "optimizer.weight_decay",
+    "model.init_std",
+}
+_BELOW_ONE = {"model.dropout", "optimizer.beta1", "optimizer.beta2"}
+
+
+def _check_ranges(config: RunConfig) -> None:
+    for name, value in _flat(config).items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if name in _AT_LEAST_ZERO:
+            if not 0 <= value < float("inf"):
+                raise InputError(f"{name} is {value}: it must be 0 or more")
+        elif not 0 < value < float("inf"):
+            raise InputError(f"{name} is {value}: it must be more than 0")
+        if name in _BELOW_ONE and value >= 1:
+            raise InputError(f"{name} is {value}: it must be less than 1")
+
+
+def _check_model(model: ModelConfig, data: DataConfig) -> None:
+    if model.head_dim is None and model.d_model % model.num_heads:
+        raise InputError(
+            f"model.num_heads {model.num_heads} does not divide model.d_model {model.d_model}: change one, or set model.head_dim"
+        )
+    if model.num_heads % model.kv_heads:
+        raise InputError(f"model.num_kv_heads {model.kv_heads} does not divide model.num_heads {model.num_heads}")
+    if model.positions == "rotary" and model.head_width % 2:
+        raise InputError(
+            f"rotary positions turn pairs, but a head is {model.head_width} wide: use an even model.head_dim"
+        )
+    if model.positions == "sinusoidal" and model.d_model % 2:
+        raise InputError(f"sinusoidal positions come in pairs, but model.d_model is {model.d_model}: use an even width")
+    if model.positions == "learned" and model.max_positions is not None and model.max_positions < data.context:
+        raise InputError(
+            f"model.max_positions {model.max_positions} is less than data.context {data.context}: every position of a row needs its own"
+        )
+
+
+def _check_training(training: TrainingConfig) -> None:
+    given = {name: getattr(training, name) for name in BUDGETS if getattr(training, name) is not None}
+    if len(given) != 1:
+        raise InputError(
+            f"exactly one of training.steps, .tokens, .epochs and .seconds must be set, got {given or 'none'}: set the others to None"
+        )
+    if training.batch_size % training.gradient_accumulation:
+        raise InputError(
+            f"training.gradient_accumulation {training.gradient_accumulation} does not divide training.batch_size {training.batch_size}"
+        )
+
+
+def _check_evaluation(config: RunConfig) -> None:
+    window = config.evaluation.window or config.data.context
+    stride = config.evaluation.stride or window
+    if stride > window:
+        raise InputError(
+            f"evaluation.stride {stride} is more than evaluation.window {window}: tokens between windows would not be scored"
+        )
+    rows = config.model.max_positions or config.data.context
+    if config.model.positions == "learned" and window > rows:
+        raise InputError(
+            f"evaluation.window {window} is more than the model's {rows} learned positions: use at most {rows}"
+        )
