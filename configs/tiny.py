@@ -1,0 +1,37 @@
+"""A small modern model on the Python standard library's source: the first run on any machine.
+
+    python train.py
+
+Two CPU cores, under two minutes.
+"""
+
+from lm.config import (
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    ObserveConfig,
+    OptimizerConfig,
+    RunConfig,
+    TokenizerConfig,
+    TrainingConfig,
+)
+
+
+def get_config() -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(
+            num_layers=4,
+            d_model=128,
+            num_heads=4,
+            norm="rmsnorm",
+            activation="relu2",
+            positions="rotary",
+            qk_norm=True,
+        ),
+        tokenizer=TokenizerConfig(kind="bpe", vocab_size=2048),
+        data=DataConfig(train="builtin:python-stdlib", context=128),
+        training=TrainingConfig(steps=1000, batch_size=16),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50, beta2=0.95),
+        evaluation=EvaluationConfig(every_steps=250, max_tokens=50_000, batch_size=64),
+        observe=ObserveConfig(sample_prompt="def ", sample_tokens=100),
+    )

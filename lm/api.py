@@ -1,0 +1,249 @@
+"""What users call: preset, train, load, evaluate, generate. Commands, notebooks and scripts all go through here."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from lm import checkpoint, generation
+from lm.checkpoint import Loaded
+from lm.config import InputError, ParallelConfig, RunConfig, nearest
+from lm.data.corpus import open_corpus, open_splits
+from lm.data.tokenizer import Tokenizer
+from lm.data.tokens import tokenize
+from lm.evaluation import compression
+from lm.evaluation.perplexity import Evaluator, Scores
+from lm.generation import Sampling
+from lm.manifest import write_atomically
+from lm.nn.language_model import model_specs
+from lm.observe.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, WandbWriter, Writer
+from lm.parallel import make_mesh, parameter_shardings
+from lm.training.run import run as run_training
+from lm.training.signals import StopRequest
+from lm.training.start import Start, prepare
+
+__all__ = ["Loaded", "Scores", "evaluate", "generate", "load", "preset", "preset_names", "train"]
+
+EVALUATION = "eval.json"
+METRICS = "metrics.jsonl"
+
+
+def preset(name: str) -> RunConfig:
+    """The config of a preset: the stem of a file in configs/, or the path of a .py file with a `get_config()`.
+
+    Raises InputError for a name that isn't there (with the nearest that is) and a file that gives no RunConfig.
+    """
+    path = Path(name) if name.endswith(".py") else _presets_folder() / f"{name}.py"
+    if not path.is_file():
+        if name.endswith(".py"):
+            raise InputError(f"there is no preset file {name}")
+        raise InputError(f"no preset {name!r}{nearest(name, preset_names())}; there are {', '.join(preset_names())}")
+    spec = importlib.util.spec_from_file_location(f"lm_preset_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config() if hasattr(module, "get_config") else None
+    if not isinstance(config, RunConfig):
+        raise InputError(f"{path} is not a preset: it needs a function get_config() that returns an lm RunConfig")
+    return config
+
+
+def _presets_folder() -> Path:
+    """configs/: beside the package when installed, beside the checkout's lm/ when run from it."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def preset_names() -> list[str]:
+    """The presets that come with lm."""
+    return sorted(path.stem for path in _presets_folder().glob("*.py") if path.stem != "__init__")
+
+
+def train(config: RunConfig, workdir: str | Path) -> Loaded:
+    """Trains a run to the end of its budget, continuing what `workdir` holds, and evaluates it; what train.py calls.
+
+    Returns the trained model. Raises InputError before anything compiles if config, text, devices or workdir don't fit;
+    SystemExit(143 or 130) after saving, if stopped by SIGTERM or Ctrl-C.
+    """
+    workdir, console = Path(workdir), Console()
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    start = prepare(config, workdir, say)
+    say(f"resuming from step {start.step}" if start.resume_from else f"starting   a new run in {workdir}")
+    writers = _Writers(start, workdir, console)
+    with StopRequest() as stop:
+        try:
+            run_training(start, workdir, write=writers.write, say=say, stop=stop)
+        finally:
+            writers.close()
+    if stop.signal is not None:
+        say(f"stopped    by {signal.Signals(stop.signal).name}; saved in {workdir}; the same command continues")
+        raise SystemExit(128 + stop.signal)
+    run = checkpoint.load(workdir)  # computes in the run's own dtype
+    result = _evaluated_before(workdir, run.step)
+    if result is None:
+        result = _final_evaluation(run, start, workdir)
+    else:
+        say(f"complete   {workdir} has used up its budget; for more, raise it (--training.steps N)")
+    _conclude(run, result, workdir, say)
+    return run
+
+
+def load(path: str | Path, *, step: str | int = "latest", dtype: str = "float32") -> Loaded:
+    """Opens a model: a run directory, or one checkpoint inside it, written on any number of devices of any kind.
+
+    Args:
+      step: "latest", "best" (by validation loss) or a number, for a run directory.
+      dtype: it computes in float32 unless this says "bfloat16" (parameters are cast too) or "tensorfloat32".
+    """
+    if dtype not in ("float32", "bfloat16", "tensorfloat32"):
+        raise InputError(f"dtype is {dtype!r}: use 'float32', 'bfloat16' or 'tensorfloat32'")
+    run = checkpoint.load(path, step=step, dtype="bfloat16" if dtype == "bfloat16" else None)
+    model = dataclasses.replace(run.config.model, compute_dtype=dtype)  # type: ignore[arg-type]
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, model=model))
+
+
+def evaluate(
+    run: Loaded,
+    data: str | None = None,
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scores:
+    """Perplexity of a model on a source of text, each document's every token scored once.
+
+    Args:
+      data: a source of text; None: the validation text of the run.
+      window: the longest input the model sees, in tokens; None: as in the run's config.
+      stride: new tokens each window scores; None: as in the run's config, or the window where one is given.
+      batch_size: windows at a time; changes no result.
+      progress: called with (tokens done, tokens in all).
+    """
+    config = run.config
+    if data is None:
+        text = open_splits(
+            config.data.train, config.data.validation, document_separator=config.data.document_separator
+        )[1]
+    else:
+        text = open_corpus(data, document_separator=config.data.document_separator)
+    tokenizer = _tokenizer(run)
+    mesh = make_mesh(ParallelConfig())
+    evaluator = Evaluator(
+        config.model,
+        tokenize(text, tokenizer),
+        tokenizer,
+        window=window or config.evaluation.window or config.data.context,
+        stride=stride or (config.evaluation.stride if window is None else None) or window or config.data.context,
+        batch_size=batch_size or config.evaluation.batch_size,
+        mesh=mesh,
+    )
+    params = jax.device_put(run.params, parameter_shardings(mesh, model_specs(config.model)))
+    described = {"path": str(run.path), "step": run.step, "parameters": run.num_parameters}
+    return dataclasses.replace(evaluator(params, progress), model=described)
+
+
+def generate(
+    run: Loaded,
+    prompts: Sequence[str],
+    *,
+    max_tokens: int = 128,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> list[str]:
+    """The continuations of the prompts, without them; temperature 0 is greedy. See `lm.generation.generate`."""
+    return generation.generate(
+        run.params,
+        run.config.model,
+        _tokenizer(run),
+        [prompts] if isinstance(prompts, str) else prompts,
+        max_tokens=max_tokens,
+        sampling=Sampling(temperature, top_k, top_p),
+        seed=seed,
+    )
+
+
+class _Writers:
+    """All that take the metrics of a run, opened at the first record: a run that is complete leaves them alone."""
+
+    def __init__(self, start: Start, workdir: Path, console: Console):
+        self._open = functools.partial(_open_writers, start, workdir, console)
+        self._writers: list[Writer] = []
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._writers = self._writers or self._open()
+        for writer in self._writers:
+            if "start" in record:
+                writer.start(record)
+            else:
+                writer.write(record)
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()
+
+
+def _open_writers(start: Start, workdir: Path, console: Console) -> list[Writer]:
+    cfg, resume_step = start.config, start.step if start.resume_from else None
+    writers: list[Writer] = [
+        JsonlWriter(workdir / METRICS, resume_step),
+        ConsoleWriter(start.budget.steps, start.budget.seconds, console=console),
+    ]
+    if cfg.observe.tensorboard:
+        writers.append(TensorBoardWriter(workdir / "tensorboard", resume_step))
+    if cfg.observe.wandb_project:
+        writers.append(WandbWriter(cfg.observe.wandb_project, workdir, dataclasses.asdict(cfg)))
+    return writers
+
+
+def _tokenizer(run: Loaded) -> Tokenizer:
+    if run.tokenizer is None:
+        raise InputError(f"{run.path} has no tokenizer, so text can't be read or written: put its tokenizer.json there")
+    return run.tokenizer
+
+
+def _evaluated_before(workdir: Path, step: int | None) -> dict[str, Any] | None:
+    """The final evaluation of this step, None if it has not been made."""
+    path = workdir / EVALUATION
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return result if result["model"]["step"] == step else None
+
+
+def _final_evaluation(run: Loaded, start: Start, workdir: Path) -> dict[str, Any]:
+    """Scores the whole validation text and keeps the result in the run, with what compressors need for the same text."""
+    yardsticks = compression.bits_per_byte(document.text for document in start.validation_text)
+    result = {**evaluate(run).to_dict(), "compressors_bits_per_byte": yardsticks}
+    write_atomically(workdir / EVALUATION, json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def _conclude(run: Loaded, result: dict[str, Any], workdir: Path, say: Callable[[str], None]) -> None:
+    """The last lines of a run: its numbers, a sample, where it lies and what to try next."""
+    say(f"validation perplexity {result['perplexity']:.3f} a token over {result['tokens']:,} tokens")
+    others = "".join(f", {name} {bits:.3f}" for name, bits in result["compressors_bits_per_byte"].items())
+    say(f"           {result['bits_per_byte']:.3f} bits per byte (the same text{others})" if others else "")
+    prompt = run.config.observe.sample_prompt
+    if prompt is not None:
+        room = run.config.observe.sample_tokens
+        if run.config.model.positions == "learned":
+            room = min(room, run.config.model.position_rows - len(_tokenizer(run).encode(prompt)) - 1)
+        say(f"sample     {prompt!r} goes on, at temperature 0.8:")
+        say(prompt + generate(run, [prompt], max_tokens=max(room, 1), temperature=0.8)[0])
+    say(f"saved      {run.path}")
+    say(f"next       python -m lm generate {workdir} --prompt '{prompt or ''}'   python eval.py {workdir}")

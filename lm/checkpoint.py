@@ -1,0 +1,227 @@
+"""The run directory: checkpoints that describe themselves, written in the background, opened on any machine.
+
+    RUN/config.json, RUN/tokenizer.json
+    RUN/checkpoints/STEP/{params/, opt_state/, rest/, config.json, tokenizer.json, manifest.json}
+
+The arrays are written into a folder with a temporary name. The manifest is the last file put there, then the folder
+gets its final name: killed at any moment, a step is whole or it doesn't exist. Loading never executes code from the
+file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from lm import arrays
+from lm.config import InputError, RunConfig
+from lm.manifest import MANIFEST, Manifest, add_metrics, read_manifest, sync, verify, write_atomically, write_manifest
+from lm.run_directory import (
+    BEST,
+    CHECKPOINTS,
+    CONFIG,
+    TOKENIZER,
+    best_step,
+    is_step,
+    latest_step,
+    listed,
+    locate,
+    read_config,
+    step_path,
+    steps,
+)
+
+if TYPE_CHECKING:
+    from lm.data.tokenizer import Tokenizer
+    from lm.model import LM
+
+__all__ = ["BEST", "CheckpointWriter", "Loaded", "Manifest", "best_step", "latest_step", "load", "locate"]
+__all__ += ["read_config", "read_manifest", "restore", "restore_params", "steps", "verify"]
+
+_LEFTOVER = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|deleting)")
+
+
+class CheckpointWriter:
+    """Saves checkpoints of a run in the background, and keeps the newest few and the best.
+
+    Every process of a run makes one and the same calls to it: each writes its shards of the arrays, the first the rest.
+
+    Args:
+        workdir: the run directory; made if needed. What an earlier process left unfinished in it is removed.
+        config: the run's config.
+        save_tokenizer: writes the tokenizer's file into the folder it gets (`Tokenizer.save`); None: no tokenizer.
+        provenance: where the run comes from: checksums of data and tokenizer, versions.
+        keep: how many of the newest checkpoints to keep, besides the best; None keeps all.
+    """
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        config: RunConfig,
+        save_tokenizer: Callable[[Path], object] | None,
+        provenance: Mapping[str, str],
+        keep: int | None,
+    ):
+        assert keep is None or keep >= 1, keep
+        self._run = Path(workdir).absolute()
+        self._folder = self._run / CHECKPOINTS
+        self._keep = keep
+        self._provenance = dict(provenance)
+        self._files: dict[str, bytes] = {CONFIG: config.to_json().encode()}
+        self._saving: dict[str, Any] = {}
+        self._first = jax.process_index() == 0
+        if self._first:
+            self._prepare_run(save_tokenizer)
+        self._arrays = arrays.ArrayWriter(self._complete)
+
+    def save(self, step: int, items: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> None:
+        """Starts saving `items` (params, opt_state, rest: trees of arrays) as they are now.
+
+        Returns once the arrays may be donated or overwritten. Waits for the save before, and raises what went wrong in
+        it. A step that exists is not written again; metrics that it lacks are added.
+        """
+        self.wait()
+        destination = step_path(self._run, step)
+        if is_step(destination):
+            if self._first:
+                add_metrics(destination, metrics or {})
+            return
+        if destination.exists():
+            raise InputError(
+                f"{destination} is in the way: it has no valid {MANIFEST}, so it is not a checkpoint. Move it"
+            )
+        self._saving = {"step": step, "metrics": dict(metrics or {})}
+        self._arrays.start(destination, items)
+
+    def wait(self) -> None:
+        """Blocks until the last save is complete, deletes what it makes superfluous; raises what went wrong in it."""
+        self._arrays.wait()
+        if self._saving:
+            self._saving = {}
+            self._prune()
+
+    def close(self) -> None:
+        """Waits, then frees the background threads. The writer can't be used again."""
+        try:
+            self.wait()
+        finally:
+            self._arrays.close()
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _prepare_run(self, save_tokenizer: Callable[[Path], object] | None) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for entry in self._folder.iterdir():
+            if _LEFTOVER.fullmatch(entry.name):
+                shutil.rmtree(entry)
+        if save_tokenizer is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                save_tokenizer(Path(folder))
+                self._files |= {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        for name, content in self._files.items():
+            write_atomically(self._run / name, content)
+
+    def _complete(self, unfinished: Path) -> None:
+        """Runs in the background on the first process, when all arrays of all processes are written."""
+        for name, content in self._files.items():
+            (unfinished / name).write_bytes(content)
+        write_manifest(unfinished, **self._saving, provenance=self._provenance)
+
+    def _prune(self) -> None:
+        """Deletes all but the newest and the best, after the newest is known to be on the disk."""
+        if self._keep is None or not self._first:
+            return
+        sync(self._folder)
+        present = steps(self._run)
+        for step in set(present[: -self._keep]) - {best_step(self._run)}:
+            # renamed first, so that a half-deleted checkpoint is never taken for a whole one
+            doomed = (step_path(self._run, step)).rename(self._folder / f"{step}.deleting")
+            shutil.rmtree(doomed)
+
+
+def restore(checkpoint: str | Path, items: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads items of a checkpoint, bit for bit, in the structure of `items`: trees of jax.ShapeDtypeStruct.
+
+    A leaf with a sharding becomes a jax.Array so laid out, whatever the layout and the devices it was written from; one
+    without becomes a numpy array. Raises InputError, naming the leaves, where structure, shape or dtype differ.
+    """
+    with _damage_named(checkpoint):
+        return {name: arrays.read_as(Path(checkpoint) / name, wanted) for name, wanted in items.items()}
+
+
+def restore_params(checkpoint: str | Path, *, dtype: Any = None) -> dict[str, Any]:
+    """The parameters of a checkpoint as a nested dict of jax arrays on this process's first device.
+
+    `dtype` casts floating-point leaves as they are read; None leaves them as saved.
+    """
+    with _damage_named(checkpoint):
+        return arrays.read_here(Path(checkpoint) / "params", dtype=dtype)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loaded:
+    """A trained model, opened: `loaded(tokens_BT)` gives logits. `step` and `path` say which checkpoint it is."""
+
+    config: RunConfig
+    params: dict[str, Any]
+    tokenizer: Tokenizer | None
+    step: int | None
+    path: Path
+
+    @functools.cached_property
+    def model(self) -> LM:
+        """The Flax module: `model.apply({"params": params}, tokens_BT)`."""
+        from lm.model import LM
+
+        return LM(self.config.model)
+
+    def __call__(self, tokens_BT: Any) -> jax.Array:
+        """The compiled forward pass: logits_BTV of every position."""
+        return self._forward(self.params, jnp.asarray(tokens_BT))
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+    @functools.cached_property
+    def _forward(self) -> Callable[[Any, jax.Array], jax.Array]:
+        return jax.jit(lambda params, tokens_BT: self.model.apply({"params": params}, tokens_BT))
+
+
+def load(path: str | Path, *, step: str | int = "latest", dtype: Any = None) -> Loaded:
+    """Opens a run directory or one checkpoint: config, parameters and tokenizer, with nothing but the path."""
+    checkpoint = locate(path, step)
+    tokenizer = None
+    if (checkpoint / TOKENIZER).is_file():
+        from lm.data import tokenizer as tokenizers
+
+        tokenizer = tokenizers.load(checkpoint / TOKENIZER)
+    params = restore_params(checkpoint, dtype=dtype)
+    return Loaded(read_config(checkpoint), params, tokenizer, read_manifest(checkpoint).step, checkpoint)
+
+
+@contextlib.contextmanager
+def _damage_named(checkpoint: str | Path) -> Iterator[None]:
+    """Reading failed, for one of many reasons: if files were changed, that is the one to tell."""
+    try:
+        yield
+    except Exception as error:
+        problems = verify(checkpoint)
+        if not problems:
+            raise
+        raise InputError(f"{checkpoint} is damaged, use another: {listed(problems)}") from error

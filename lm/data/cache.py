@@ -1,0 +1,48 @@
+"""Where things that can be made again are kept: built datasets, trained tokenizers, token stores, compiled programs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def directory(*parts: str) -> Path:
+    """A folder under `$LM_CACHE`, else under the user's cache folder; made on demand."""
+    folder = _root().joinpath(*parts)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def building(target: Path) -> Iterator[Path]:
+    """Gives an empty folder to fill; on a clean exit it becomes `target` in one step.
+
+    `target` is therefore complete or absent, whatever is killed, and when two processes build it at once the first to
+    finish wins: both built the same, so the other's copy is dropped.
+    """
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    scratch.chmod(target.parent.stat().st_mode)  # mkdtemp's is for its owner only
+    try:
+        yield scratch
+        try:
+            scratch.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _root() -> Path:
+    if chosen := os.environ.get("LM_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "lm"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "lm"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lm"

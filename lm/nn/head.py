@@ -1,0 +1,67 @@
+"""The language-model head and its loss.
+
+Shapes: B batch, T position, D model width, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lm.nn import params as declare
+from lm.nn.layers import Constrain
+from lm.nn.matmul import Numerics, product
+from lm.nn.params import Initializer, ParamSpec
+
+Array = jax.Array
+
+
+def head_specs(width: int, vocabulary: int, *, tied: bool, bias: bool, init: Initializer) -> dict[str, ParamSpec]:
+    """A tied head has no matrix of its own."""
+    specs = {}
+    if not tied:
+        specs["kernel"] = ParamSpec((width, vocabulary), ("embed", "vocab"), init, inputs=1)
+    if bias:
+        specs["bias"] = ParamSpec((vocabulary,), ("vocab",), declare.zeros)
+    return specs
+
+
+def lm_head(
+    params: dict[str, Any],
+    x_BTD: Array,
+    *,
+    vocabulary: int,
+    softcap: float | None,
+    numerics: Numerics,
+    constrain: Constrain,
+) -> Array:
+    """logits_BTV, float32, over the padded vocabulary; rows past `vocabulary` are -inf.
+
+    Args:
+      params: the model's whole tree: a head without a kernel of its own uses the embedding table (Press & Wolf 2017).
+      softcap: bounds the logits by softcap · tanh(logits / softcap) (Gemma 2, arXiv:2408.00118); None: off.
+    """
+    B, T, D = x_BTD.shape
+    head, x_MD = params.get("head", {}), x_BTD.reshape(B * T, D)
+    if "kernel" in head:
+        logits_MV = product(x_MD, head["kernel"], False, numerics)
+    else:
+        logits_MV = product(x_MD, params["embed"]["tokens"], True, numerics)
+    logits_BTV = constrain(logits_MV.reshape(B, T, -1), ("batch", "length", "vocab"))
+    if "bias" in head:
+        logits_BTV = logits_BTV + head["bias"].reshape(1, 1, -1)
+    if softcap is not None:
+        logits_BTV = softcap * jnp.tanh(logits_BTV / softcap)
+    if logits_BTV.shape[-1] > vocabulary:
+        logits_BTV = jnp.where(jnp.arange(logits_BTV.shape[-1]) < vocabulary, logits_BTV, -jnp.inf)
+    return logits_BTV
+
+
+def token_nll(logits_BTV: Array, targets_BT: Array) -> Array:
+    """nll_BT = logsumexp(logits) - logits[target], in nats, float32."""
+    # A masked sum, not a gather: it stays local where the vocabulary is split over devices.
+    here_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[:, :, None]
+    target_BT = jnp.sum(jnp.where(here_BTV, logits_BTV, 0.0), axis=-1)
+    return jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT

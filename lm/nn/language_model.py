@@ -1,0 +1,167 @@
+"""A decoder-only language model as pure functions of its parameters: embedding, causal stack of encoder layers, head.
+
+Shapes: B batch, T position, D model width, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lm.config import ModelConfig
+from lm.nn import params as declare
+from lm.nn.attention import AttentionMask
+from lm.nn.cache import KeyValueCache
+from lm.nn.embedding import embed, embedding_specs
+from lm.nn.encoder import EMBEDDING, encode, initializers, layer_specs
+from lm.nn.head import head_specs, lm_head, token_nll
+from lm.nn.layers import Constrain, Dropout, drop, norm, norm_specs
+from lm.nn.matmul import numerics
+
+Array = jax.Array
+
+
+def unconstrained(x: Array, axes: tuple[str, ...]) -> Array:
+    """The `constrain` of a single device: leaves x where it is."""
+    return x
+
+
+def model_specs(cfg: ModelConfig) -> dict[str, Any]:
+    """The declaration of every parameter of a resolved config."""
+    init = initializers(cfg)
+    position_rows = cfg.position_rows if cfg.positions == "learned" else None
+    specs: dict[str, Any] = {
+        "embed": embedding_specs(cfg.padded_vocabulary, cfg.d_model, position_rows=position_rows, init=init.table),
+        "layers": declare.stack(layer_specs(cfg), cfg.num_layers),
+    }
+    if cfg.norm_position == "pre":
+        specs["norm"] = norm_specs(cfg.d_model, kind=cfg.norm, bias=cfg.bias)
+    head = head_specs(cfg.d_model, cfg.padded_vocabulary, tied=cfg.tie_embeddings, bias=cfg.head_bias, init=init.table)
+    if head:
+        specs["head"] = head
+    return specs
+
+
+def apply(
+    params: dict[str, Any],
+    tokens_BT: Array,
+    segments_BT: Array | None = None,
+    positions_BT: Array | None = None,
+    *,
+    cfg: ModelConfig,
+    dropout_keys_B: Array | None = None,
+    constrain: Constrain = unconstrained,
+) -> Array:
+    """logits_BTV, float32: `forward` and the head. Rows without segments are one piece each, counted from 0."""
+    if positions_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    x_BTD = forward(
+        params, tokens_BT, segments_BT, positions_BT, cfg=cfg, dropout_keys_B=dropout_keys_B, constrain=constrain
+    )
+    return logits(params, x_BTD, cfg=cfg, constrain=constrain)
+
+
+def nll(
+    params: dict[str, Any],
+    tokens_BT: Array,
+    targets_BT: Array,
+    segments_BT: Array | None,
+    positions_BT: Array,
+    *,
+    cfg: ModelConfig,
+    dropout_keys_B: Array | None,
+    constrain: Constrain,
+) -> Array:
+    """Negative log-likelihood of every target, nll_BT in nats, float32; what training and evaluation both sum."""
+    x_BTD = forward(
+        params, tokens_BT, segments_BT, positions_BT, cfg=cfg, dropout_keys_B=dropout_keys_B, constrain=constrain
+    )
+    return token_nll(logits(params, x_BTD, cfg=cfg, constrain=constrain), targets_BT)
+
+
+def forward(
+    params: dict[str, Any],
+    tokens_BT: Array,
+    segments_BT: Array | None,
+    positions_BT: Array,
+    *,
+    cfg: ModelConfig,
+    dropout_keys_B: Array | None,
+    constrain: Constrain,
+) -> Array:
+    """What the head reads, x_BTD, for rows of token ids.
+
+    Args:
+      params: the tree declared by `model_specs(cfg)`.
+      tokens_BT: int32 ids below `cfg.vocabulary`.
+      segments_BT: int32 pieces of each row, numbered from 1, 0 for padding; a token sees its own piece alone. None: one
+        piece a row.
+      positions_BT: int32, from 0 in each piece.
+      cfg: a resolved config.
+      dropout_keys_B: one PRNG key a row; None switches dropout off, as for evaluation.
+      constrain: places an activation by the logical names of its axes.
+    """
+    mask = AttentionMask(causal=True, query_segments_BT=segments_BT, key_segments_BS=segments_BT)
+    x_BTD, _ = _run(params, tokens_BT, positions_BT, mask, None, cfg, dropout_keys_B, constrain)
+    return x_BTD
+
+
+def forward_cached(
+    params: dict[str, Any],
+    tokens_BT: Array,
+    segments_BT: Array,
+    positions_BT: Array,
+    cache: KeyValueCache,
+    *,
+    cfg: ModelConfig,
+    constrain: Constrain,
+) -> tuple[Array, KeyValueCache]:
+    """`forward` of the next T tokens of every row, which see what the cache holds; returns x_BTD and the longer cache."""
+    cache = cache.mark(segments_BT)
+    mask = AttentionMask(True, segments_BT, cache.segments_BS, query_offset=cache.length)
+    x_BTD, written = _run(params, tokens_BT, positions_BT, mask, cache, cfg, None, constrain)
+    assert written is not None
+    return x_BTD, written.advance(tokens_BT.shape[1])
+
+
+def logits(params: dict[str, Any], x_BTD: Array, *, cfg: ModelConfig, constrain: Constrain) -> Array:
+    """logits_BTV over the padded vocabulary, float32."""
+    return lm_head(
+        params,
+        x_BTD,
+        vocabulary=cfg.vocabulary,
+        softcap=cfg.logit_softcap,
+        numerics=numerics(cfg.compute_dtype),
+        constrain=constrain,
+    )
+
+
+def _run(
+    params: dict[str, Any],
+    tokens_BT: Array,
+    positions_BT: Array,
+    mask: AttentionMask,
+    cache: KeyValueCache | None,
+    cfg: ModelConfig,
+    dropout_keys_B: Array | None,
+    constrain: Constrain,
+) -> tuple[Array, KeyValueCache | None]:
+    dropout = Dropout(cfg.dropout, dropout_keys_B) if dropout_keys_B is not None and cfg.dropout else None
+    x_BTD = embed(
+        params["embed"],
+        tokens_BT,
+        positions_BT,
+        scale=math.sqrt(cfg.d_model) if cfg.embedding_scale else None,
+        sinusoids=cfg.positions == "sinusoidal",
+    ).astype(numerics(cfg.compute_dtype).dtype)
+    x_BTD = drop(x_BTD, None if dropout is None else dropout.at(cfg.num_layers, EMBEDDING))
+    x_BTD = constrain(x_BTD, ("batch", "length", "width"))
+    x_BTD, cache = encode(
+        params["layers"], x_BTD, positions_BT, mask, cache, cfg=cfg, dropout=dropout, constrain=constrain
+    )
+    if cfg.norm_position == "pre":
+        x_BTD = norm(params["norm"], x_BTD, kind=cfg.norm, epsilon=cfg.norm_epsilon)
+    return x_BTD, cache

@@ -1,0 +1,147 @@
+"""Norms, positions, dropout and the feed-forward block.
+
+Shapes: B batch, T position, D model width, N heads, H head width, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lm.nn import params as declare
+from lm.nn.matmul import Numerics, project
+from lm.nn.params import ParamSpec
+
+Array = jax.Array
+Constrain = Callable[[Array, tuple[str, ...]], Array]
+
+
+class Dropout(NamedTuple):
+    """A dropout rate in (0, 1) and one PRNG key a row of the batch, so that a row's mask doesn't depend on its company."""
+
+    rate: float
+    keys_B: Array
+
+    def at(self, *place: Array | int) -> Dropout:
+        """The same for one place in the model: every number (layer, site) is folded into each row's key."""
+        keys_B = self.keys_B
+        for number in place:
+            keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, number)
+        return Dropout(self.rate, keys_B)
+
+
+def drop(x: Array, dropout: Dropout | None) -> Array:
+    """Zeroes entries of x [B, ...] with probability `rate` and scales the rest by 1 / (1 - rate) (Srivastava et al. 2014)."""
+    if dropout is None:
+        return x
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - dropout.rate, x.shape[1:]))(dropout.keys_B)
+    return jnp.where(keep, x / (1.0 - dropout.rate), 0).astype(x.dtype)
+
+
+def norm_specs(width: int, *, kind: str, bias: bool, axis: str = "norm") -> dict[str, ParamSpec]:
+    specs = {"scale": ParamSpec((width,), (axis,), declare.ones)}
+    if kind == "layernorm" and bias:
+        specs["bias"] = ParamSpec((width,), (axis,), declare.zeros)
+    return specs
+
+
+def norm(params: dict[str, Any], x_BTD: Array, *, kind: str, epsilon: float) -> Array:
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019), as `kind` says, in x's dtype."""
+    if kind == "rmsnorm":
+        return rms_norm(x_BTD, params["scale"], epsilon=epsilon)
+    return layer_norm(x_BTD, params["scale"], params.get("bias"), epsilon=epsilon)
+
+
+def rms_norm(x: Array, scale: Array, *, epsilon: float) -> Array:
+    """x / sqrt(mean(x²) + epsilon) · scale over the last axis."""
+    wide = x.astype(jnp.float32)  # float32: a mean of squares over the width loses its digits in bfloat16
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+    return (wide * _last(scale, x.ndim)).astype(x.dtype)
+
+
+def layer_norm(x: Array, scale: Array, bias: Array | None, *, epsilon: float) -> Array:
+    """(x - mean) / sqrt(var + epsilon) · scale + bias over the last axis."""
+    wide = x.astype(jnp.float32)  # float32: as in rms_norm
+    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+    wide = wide * _last(scale, x.ndim)
+    if bias is not None:
+        wide = wide + _last(bias, x.ndim)
+    return wide.astype(x.dtype)
+
+
+def rotary(x_BTNH: Array, positions_BT: Array, *, base: float) -> Array:
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864): turns dimension pairs (h, h + H/2) by position · base^(-2h/H).
+
+    The halves are paired, not the neighbours, as in Llama checkpoints.
+    """
+    half = x_BTNH.shape[-1] // 2
+    frequency_h = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    # float32: at position 4096 a bfloat16 angle is off by up to 16 radians
+    angle_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_h.reshape(1, 1, 1, half)
+    cos, sin = jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def sinusoidal(positions_BT: Array, width: int) -> Array:
+    """Sinusoidal positions (Vaswani et al. 2017, section 3.5): sin and cos interleaved, [B, T, width], float32."""
+    frequency_d = jnp.exp(jnp.arange(0, width, 2, dtype=jnp.float32) * (-math.log(10_000.0) / width))
+    angle_BTd = positions_BT[:, :, None].astype(jnp.float32) * frequency_d.reshape(1, 1, -1)
+    return jnp.stack([jnp.sin(angle_BTd), jnp.cos(angle_BTd)], axis=-1).reshape(*positions_BT.shape, width)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, arXiv:2109.08668
+    "swiglu": jax.nn.silu,  # of the gate: Shazeer 2020, arXiv:2002.05202
+}
+
+
+def feed_forward_specs(
+    width: int, hidden: int, *, activation: str, bias: bool, init_in: Callable, init_out: Callable, init_bias: Callable
+) -> dict[str, ParamSpec]:
+    """`init_*` take the number of inputs of the matrix and give its initializer."""
+    specs = {
+        "up": ParamSpec((width, hidden), ("embed", "mlp"), init_in(width), inputs=1),
+        "down": ParamSpec((hidden, width), ("mlp", "embed"), init_out(hidden), inputs=1),
+    }
+    if activation == "swiglu":
+        specs["gate"] = ParamSpec((width, hidden), ("embed", "mlp"), init_in(width), inputs=1)
+    if bias:
+        specs["up_bias"] = ParamSpec((hidden,), ("mlp",), init_bias(width))
+        specs["down_bias"] = ParamSpec((width,), ("norm",), init_bias(hidden))
+        if activation == "swiglu":
+            specs["gate_bias"] = ParamSpec((hidden,), ("mlp",), init_bias(width))
+    return specs
+
+
+def feed_forward(
+    params: dict[str, Any],
+    x_BTD: Array,
+    *,
+    activation: str,
+    numerics: Numerics,
+    dropout: Dropout | None,
+    constrain: Constrain,
+) -> Array:
+    """down(act(up(x))), or down(silu(gate(x)) · up(x)) for SwiGLU; `dropout` falls on the hidden units."""
+    linear = {"inputs": 1, "numerics": numerics}
+    hidden_BTF = project(x_BTD, params["up"], params.get("up_bias"), **linear)
+    if activation == "swiglu":
+        gate_BTF = project(x_BTD, params["gate"], params.get("gate_bias"), **linear)
+        hidden_BTF = ACTIVATIONS[activation](gate_BTF) * hidden_BTF
+    else:
+        hidden_BTF = ACTIVATIONS[activation](hidden_BTF)
+    hidden_BTF = drop(constrain(hidden_BTF, ("batch", "length", "mlp")), dropout)
+    return project(hidden_BTF, params["down"], params.get("down_bias"), **linear)
+
+
+def _last(vector: Array, ndim: int) -> Array:
+    return vector.reshape((1,) * (ndim - 1) + vector.shape)

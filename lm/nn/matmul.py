@@ -1,0 +1,103 @@
+"""The mixed-precision contract of every matrix product.
+
+Operands are cast to the compute dtype, sums are kept in float32, forward and in both gradients. JAX's own transpose rule
+would promote the operands of the backward pass to the float32 of its cotangent; here the cotangent is cast instead.
+
+Shapes: Z any batch axes, M rows, K contracted, N columns.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+
+
+class Numerics(NamedTuple):
+    """How products are computed: dtype of the operands, and XLA's precision for them."""
+
+    dtype: str
+    precision: lax.Precision
+
+
+def numerics(compute_dtype: str) -> Numerics:
+    """The numerics of a `model.compute_dtype`.
+
+    float32 asks for HIGHEST, since XLA's default computes float32 products in bfloat16 on TPU and in TF32 on GPUs;
+    tensorfloat32 asks for just that on GPUs (three bfloat16 passes on TPU).
+    """
+    return {
+        "float32": Numerics("float32", lax.Precision.HIGHEST),
+        "tensorfloat32": Numerics("float32", lax.Precision.HIGH),
+        "bfloat16": Numerics("bfloat16", lax.Precision.DEFAULT),
+    }[compute_dtype]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def product(x_ZMK: Array, w: Array, transpose_w: bool, numerics: Numerics) -> Array:
+    """x · w over the last axis of x, batched over all axes before the last two.
+
+    Args:
+      x_ZMK: [..., M, K].
+      w: [..., K, N], or [..., N, K] if `transpose_w`, with the same batch axes.
+      numerics: dtype of the operands. The sums, and so the result, are float32.
+
+    Returns:
+      [..., M, N], float32.
+    """
+    contracted = w.ndim - 1 if transpose_w else w.ndim - 2
+    return _dot(x_ZMK, w, x_ZMK.ndim - 1, contracted, numerics)
+
+
+def _product_forward(x: Array, w: Array, transpose_w: bool, numerics: Numerics) -> tuple[Array, tuple[Array, Array]]:
+    return product(x, w, transpose_w, numerics), (x, w)
+
+
+def _product_backward(
+    transpose_w: bool, numerics: Numerics, saved: tuple[Array, Array], g: Array
+) -> tuple[Array, Array]:
+    x, w = saved
+    rows = x.ndim - 2
+    dx = product(g, w, not transpose_w, numerics)
+    dw = _dot(g, x, rows, rows, numerics) if transpose_w else _dot(x, g, rows, rows, numerics)
+    return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+def project(x: Array, w: Array, bias: Array | None, *, inputs: int, numerics: Numerics) -> Array:
+    """A linear layer: contracts the last `inputs` axes of x with the first ones of w, adds the bias in float32.
+
+    Args:
+      x: [..., *K], the leading axes being rows.
+      w: [*K, *N], float32 parameters.
+      bias: [*N] or None.
+
+    Returns:
+      [..., *N] in the compute dtype.
+    """
+    rows, columns = x.shape[: x.ndim - inputs], w.shape[inputs:]
+    width = math.prod(w.shape[:inputs])
+    y = product(x.reshape(math.prod(rows), width), w.reshape(width, math.prod(columns)), False, numerics)
+    y = y.reshape(*rows, *columns)
+    if bias is not None:
+        y = y + bias.reshape((1,) * len(rows) + bias.shape)
+    return y.astype(numerics.dtype)
+
+
+def _dot(x: Array, y: Array, x_axis: int, y_axis: int, numerics: Numerics) -> Array:
+    batch = tuple(range(x.ndim - 2))
+    return lax.dot_general(
+        x.astype(numerics.dtype),
+        y.astype(numerics.dtype),
+        (((x_axis,), (y_axis,)), (batch, batch)),
+        precision=numerics.precision,
+        preferred_element_type=jnp.float32,
+    )

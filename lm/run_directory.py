@@ -1,0 +1,109 @@
+"""What a run directory holds, under which names, and how a checkpoint in it is found."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from lm.config import InputError, RunConfig
+from lm.manifest import MANIFEST, read_manifest
+
+BEST = "eval/nats_per_token"
+"""The metric that decides which checkpoint is the best: the lowest."""
+
+CHECKPOINTS, CONFIG, TOKENIZER = "checkpoints", "config.json", "tokenizer.json"
+
+
+def steps(run: str | Path) -> list[int]:
+    """The steps of a run's complete checkpoints, in order. Other folders with a number for a name don't count."""
+    folder = Path(run) / CHECKPOINTS
+    if not folder.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in folder.iterdir() if is_step(entry))
+
+
+def latest_step(run: str | Path) -> int | None:
+    """The newest complete checkpoint's step; None where there is none."""
+    return max(steps(run), default=None)
+
+
+def best_step(run: str | Path) -> int | None:
+    """The step with the lowest validation loss, the first of equals; None where no checkpoint has one."""
+    losses = {step: read_manifest(step_path(run, step)).metrics.get(BEST, math.nan) for step in steps(run)}
+    return min((step for step in losses if math.isfinite(losses[step])), key=lambda step: losses[step], default=None)
+
+
+def locate(path: str | Path, step: str | int = "latest") -> Path:
+    """The checkpoint that `path` names: a run directory's `step` (latest, best or a number), or one checkpoint itself.
+
+    Raises InputError, naming what is there and the way out.
+    """
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        own = read_manifest(path).step
+        if step not in ("latest", "best") and str(step) != str(own):
+            raise InputError(
+                f"{path} is one checkpoint, of step {own}, not {step}: give the run directory to choose a step"
+            )
+        return path
+    present = steps(path)
+    if not present:
+        raise InputError(
+            f"{path} is not a run: {_what_is_there(path)}. Give a directory that train.py wrote (--workdir)"
+        )
+    if step == "latest":
+        return step_path(path, present[-1])
+    if step == "best":
+        best = best_step(path)
+        if best is None:
+            raise InputError(
+                f"no checkpoint of {path} has a validation loss ({BEST}), so none is the best: "
+                f"use latest or one of the steps {listed(present)}"
+            )
+        return step_path(path, best)
+    if not str(step).isdecimal() or int(step) not in present:
+        raise InputError(f"{path} has no checkpoint {step}: use latest, best or one of the steps {listed(present)}")
+    return step_path(path, int(step))
+
+
+def read_config(folder: str | Path) -> RunConfig:
+    """The config of a checkpoint, or of a run directory."""
+    path = Path(folder) / CONFIG
+    try:
+        return RunConfig.from_json(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} can't be read: {error}") from error
+
+
+def step_path(run: str | Path, step: int) -> Path:
+    """Where a run's checkpoint of a step lies."""
+    return Path(run) / CHECKPOINTS / str(step)
+
+
+def is_step(folder: Path) -> bool:
+    """Whether a folder is a complete checkpoint of the step that it is named by."""
+    if not re.fullmatch(r"0|[1-9][0-9]*", folder.name):
+        return False
+    try:
+        return read_manifest(folder).step == int(folder.name)
+    except InputError:
+        return False
+
+
+def listed(values: Sequence[object]) -> str:
+    """The first dozen of some values, for a message."""
+    shown = ", ".join(map(str, values[:12])) or "nothing"
+    return f"{shown} and {len(values) - 12} more" if len(values) > 12 else shown
+
+
+def _what_is_there(path: Path) -> str:
+    if not path.exists():
+        return "it does not exist"
+    if not path.is_dir():
+        return "it is a file"
+    names = sorted(entry.name for entry in path.iterdir())
+    if (path / CHECKPOINTS).is_dir():
+        return f"its {CHECKPOINTS} folder has no complete checkpoint"
+    return f"it has no {CHECKPOINTS} folder and no {MANIFEST}, it holds {listed(names)}"

@@ -1,0 +1,149 @@
+"""The training loop: per step, evaluate? save? batch, step, log the numbers of the step before."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from lm.config import RunConfig
+from lm.data.pipeline import Batch
+from lm.evaluation.perplexity import Scores
+from lm.training.budget import Budget
+from lm.training.signals import StopRequest
+from lm.training.state import TrainState
+from lm.training.step import Sums
+
+
+@dataclasses.dataclass(frozen=True)
+class Hands:
+    """What the loop is handed; it knows no files, no terminal and no devices."""
+
+    step: Callable[[TrainState, Batch, np.float32], tuple[TrainState, Sums]]
+    batches: Iterator[Batch]  # on the devices, from the first step on
+    evaluate: Callable[[Any], Scores]
+    save: Callable[[int, TrainState, float, Scores | None], None]  # step, state, seconds of training, its evaluation
+    write: Callable[[dict[str, Any]], None]  # one record of metrics
+
+
+class Clock:
+    """Seconds of training, those of earlier starts included."""
+
+    def __init__(self, seconds: float):
+        self._begin = time.perf_counter() - seconds
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._begin
+
+
+def train(
+    state: TrainState,
+    step: int,
+    seconds: float,
+    best: float | None,
+    *,
+    cfg: RunConfig,
+    budget: Budget,
+    hands: Hands,
+    flops_per_token: float,
+    peak_flops: float | None,
+    stop: StopRequest,
+) -> tuple[TrainState, int, float]:
+    """Trains from `step` until the budget is used up or a stop is requested; the state then lies in a checkpoint.
+
+    Args:
+      state: after `step` updates and `seconds` of training.
+      best: lowest nats a token of any evaluation so far; a lower one is saved.
+      peak_flops: of all devices together, FLOP/s; None where it is not known.
+
+    Returns:
+      The last state, its step, and the seconds of training.
+    """
+    clock = Clock(seconds)
+    log = _Log(cfg, hands.write, flops_per_token, peak_flops)
+    saved: int | None = step if step else None
+    while not budget.done(step, clock.seconds()) and stop.signal is None:
+        progress = np.float32(budget.progress(step, clock.seconds()))
+        state, sums = hands.step(state, next(hands.batches), progress)
+        step += 1
+        log.hold(step, sums, clock)
+        scores = None
+        if _due(step, cfg.evaluation.every_steps):
+            log.flush(clock)
+            scores = hands.evaluate(state.params)
+            hands.write({"step": step, **summary(scores)})
+        better = scores is not None and (best is None or scores.nats_per_token < best)
+        if scores is not None and better:
+            best = scores.nats_per_token
+        if better or _due(step, cfg.checkpoint.every_steps):
+            log.flush(clock)
+            hands.save(step, state, clock.seconds(), scores)
+            saved = step
+        if saved == step or scores is not None:
+            log.restart_timer()  # tokens a second leave evaluation and saving out
+    log.flush(clock)
+    jax.block_until_ready(state)
+    if saved != step:
+        hands.save(step, state, clock.seconds(), None)
+    return state, step, clock.seconds()
+
+
+def summary(scores: Scores) -> dict[str, float]:
+    """An evaluation as metrics."""
+    return {f"eval/{name}": getattr(scores, name) for name in ("nats_per_token", "perplexity", "bits_per_byte")}
+
+
+class _Log:
+    """Holds a step's numbers until the next step is under way, so that the host never waits for what it dispatched."""
+
+    def __init__(
+        self, cfg: RunConfig, write: Callable[[dict[str, Any]], None], flops_per_token: float, peak: float | None
+    ):
+        self.write, self.flops_per_token, self.peak = write, flops_per_token, peak
+        self.every_steps = cfg.observe.every_steps
+        self.tokens_per_step = cfg.training.batch_size * cfg.data.context
+        self.held: tuple[int, Sums] | None = None
+        self.since = time.perf_counter()
+        self.steps_since = 0
+
+    def hold(self, step: int, sums: Sums, clock: Clock) -> None:
+        """Writes what is held, and holds this step instead."""
+        self.flush(clock)
+        self.held = (step, sums)
+
+    def flush(self, clock: Clock) -> None:
+        """Writes the held step, waiting for it to end."""
+        if self.held is None:
+            return
+        step, sums = self.held
+        self.held = None
+        sums = jax.device_get(sums)
+        self.steps_since += 1
+        if not _due(step, self.every_steps):
+            return
+        elapsed = time.perf_counter() - self.since
+        rate = self.steps_since * self.tokens_per_step / elapsed
+        self.write(
+            {
+                "step": step,
+                "tokens": step * self.tokens_per_step,
+                "seconds": clock.seconds(),
+                "train/loss": float(sums.nats) / max(float(sums.tokens), 1.0),
+                "train/grad_norm": float(sums.grad_norm),
+                "train/learning_rate": float(sums.learning_rate),
+                "train/tokens_per_second": rate,
+                "train/mfu": rate * self.flops_per_token / self.peak if self.peak else None,
+            }
+        )
+        self.restart_timer()
+
+    def restart_timer(self) -> None:
+        self.since, self.steps_since = time.perf_counter(), 0
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

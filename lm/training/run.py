@@ -1,0 +1,142 @@
+"""One run from its start to the end of its budget: state, compiled step, evaluator and checkpoints around the loop."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from lm import checkpoint
+from lm.checkpoint import CheckpointWriter
+from lm.data.pipeline import Batch
+from lm.evaluation.perplexity import Evaluator, Scores
+from lm.manifest import read_manifest
+from lm.nn.language_model import model_specs
+from lm.parallel import constrainer, make_mesh, put_rows
+from lm.training import loop
+from lm.training.flops import flops_per_token, peak_flops
+from lm.training.optimizer import make_optimizer
+from lm.training.signals import StopRequest
+from lm.training.start import Say, Start
+from lm.training.state import TrainState, abstract_state, create_state
+from lm.training.step import train_step
+
+
+def run(start: Start, workdir: Path, *, write: Callable[[dict[str, Any]], None], say: Say, stop: StopRequest) -> None:
+    """Trains until the budget is used up or a stop is requested. The last state then lies in a checkpoint.
+
+    Args:
+      write: takes one record of metrics at a time; the first is {"start": ...}.
+      say: takes a line for the user.
+    """
+    cfg = start.config
+    mesh = make_mesh(cfg.parallel)
+    optimizer = make_optimizer(cfg.optimizer, model_specs(cfg.model))
+    state, seconds = _initial_state(start, optimizer, mesh)
+    step = start.step
+    if start.budget.done(step, seconds):
+        return
+    run_step = _compile(start, optimizer, mesh, say)
+    write({"start": _describe(start, mesh)})
+    with CheckpointWriter(
+        workdir,
+        config=cfg,
+        save_tokenizer=start.tokenizer.save,
+        provenance=start.provenance,
+        keep=cfg.checkpoint.keep,
+    ) as checkpoints:
+
+        def save(step: int, state: TrainState, seconds: float, scores: Scores | None) -> None:
+            rest = {"step": state.step, "seconds": np.float32(seconds)}
+            items = {"params": state.params, "opt_state": state.opt_state, "rest": rest}
+            checkpoints.save(step, items, None if scores is None else loop.summary(scores))
+
+        peak = peak_flops(mesh.devices.flat[0])
+        loop.train(
+            state,
+            step,
+            seconds,
+            _best_nats(workdir),
+            cfg=cfg,
+            budget=start.budget,
+            hands=loop.Hands(run_step, _batches(start, step, mesh), evaluator(start, mesh, in_loop=True), save, write),
+            flops_per_token=flops_per_token(cfg.model, cfg.data.context),
+            peak_flops=None if peak is None else peak * mesh.size,
+            stop=stop,
+        )
+
+
+def evaluator(start: Start, mesh: Mesh, *, in_loop: bool) -> Evaluator:
+    """The evaluation of a run's validation text; in the loop it may take only part of it."""
+    cfg = start.config
+    window = cfg.evaluation.window or cfg.data.context
+    return Evaluator(
+        cfg.model,
+        start.validation,
+        start.tokenizer,
+        window=window,
+        stride=cfg.evaluation.stride or window,
+        batch_size=cfg.evaluation.batch_size,
+        mesh=mesh,
+        max_tokens=cfg.evaluation.max_tokens if in_loop else None,
+    )
+
+
+def _initial_state(start: Start, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, float]:
+    """The state to begin with, and the seconds of training behind it."""
+    if start.resume_from is None:
+        return create_state(start.config, optimizer, mesh), 0.0
+    target = abstract_state(start.config, optimizer, mesh)
+    seconds = jax.ShapeDtypeStruct((), np.float32, sharding=target.step.sharding)
+    rest = {"step": target.step, "seconds": seconds}
+    items = {"params": target.params, "opt_state": target.opt_state, "rest": rest}
+    found = checkpoint.restore(start.resume_from, items)
+    state = TrainState(found["rest"]["step"], found["params"], found["opt_state"])
+    assert int(state.step) == start.step, (int(state.step), start.step)
+    return state, float(found["rest"]["seconds"])
+
+
+def _compile(start: Start, optimizer: optax.GradientTransformation, mesh: Mesh, say: Say) -> Callable:
+    """The training step, compiled before the first one; the state is donated to it."""
+    began = time.perf_counter()
+    step = functools.partial(train_step, cfg=start.config, optimizer=optimizer, constrain=constrainer(mesh))
+    state = abstract_state(start.config, optimizer, mesh)
+    batch = put_rows(mesh, start.pipeline.batch_at(0))
+    compiled = jax.jit(step, donate_argnums=0).lower(state, batch, np.float32(0)).compile()
+    say(f"compiled   the training step in {time.perf_counter() - began:.1f} s")
+    return compiled
+
+
+def _batches(start: Start, step: int, mesh: Mesh) -> Iterator[Batch]:
+    for batch in start.pipeline.iterate(step):
+        yield put_rows(mesh, batch)
+
+
+def _best_nats(workdir: Path) -> float | None:
+    best = checkpoint.best_step(workdir)
+    if best is None:
+        return None
+    return read_manifest(checkpoint.locate(workdir, best)).metrics["eval/nats_per_token"]
+
+
+def _describe(start: Start, mesh: Mesh) -> Mapping[str, Any]:
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+    return {
+        "versions": {
+            "lm": metadata.version("lm"),
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in packages},
+        },
+        "devices": [str(device) for device in mesh.devices.flat],
+        "mesh": dict(mesh.shape),
+        "resumed_from": start.step if start.resume_from else None,
+    }

@@ -1,0 +1,118 @@
+"""What happens before anything compiles: the run directory is looked at, the text opened, the config resolved.
+
+Everything a user can get wrong is found out here, and nothing in the run directory is touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from lm import checkpoint
+from lm.config import InputError, ModelConfig, RunConfig, differences, forbidden_on_resume
+from lm.data import tokenizer as tokenizers
+from lm.data.corpus import Corpus, open_splits
+from lm.data.pipeline import Pipeline
+from lm.data.tokenizer import Tokenizer
+from lm.data.tokens import TokenStore, tokenize
+from lm.manifest import read_manifest
+from lm.parallel import check_batch, make_mesh
+from lm.training.budget import Budget
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """All that a run starts from. `resume_from` is the checkpoint it continues, None for a new run."""
+
+    config: RunConfig
+    tokenizer: Tokenizer
+    pipeline: Pipeline
+    budget: Budget
+    validation_text: Corpus
+    validation: TokenStore
+    provenance: Mapping[str, str]
+    resume_from: Path | None
+
+    @property
+    def step(self) -> int:
+        """Updates already done."""
+        return 0 if self.resume_from is None else read_manifest(self.resume_from).step
+
+
+def prepare(config: RunConfig, workdir: Path, say: Say) -> Start:
+    """Checks the config against itself, the run directory, the text and the devices; raises InputError if one objects."""
+    config.validate()
+    mesh = make_mesh(config.parallel)
+    check_batch(config.training.batch_size, config.training.gradient_accumulation, mesh)
+    resume_from = _checkpoint_to_continue(config, workdir, say)
+    training_text, validation_text = open_splits(
+        config.data.train, config.data.validation, document_separator=config.data.document_separator
+    )
+    tokenizer = tokenizers.load(resume_from) if resume_from else tokenizers.build(config.tokenizer, training_text)
+    config = config.resolve(tokenizer.vocab_size)
+    provenance = {"data_sha256": training_text.fingerprint, "tokenizer_sha256": tokenizer.sha256}
+    if resume_from:
+        _check_provenance(workdir, read_manifest(resume_from).provenance, provenance)
+    store, validation = (tokenize(text, tokenizer) for text in (training_text, validation_text))
+    pipeline = Pipeline(
+        store, context=config.data.context, batch_size=config.training.batch_size, seed=config.training.seed
+    )
+    budget = Budget.of(
+        config.training,
+        warmup_steps=config.optimizer.warmup_steps,
+        context=config.data.context,
+        rows_per_epoch=pipeline.rows_per_epoch,
+    )
+    say(
+        f"text       {len(store):,} documents, {store.num_tokens:,} tokens to train on; "
+        f"{len(validation):,} documents, {validation.num_tokens:,} tokens to validate on"
+    )
+    return Start(config, tokenizer, pipeline, budget, validation_text, validation, provenance, resume_from)
+
+
+def _checkpoint_to_continue(config: RunConfig, workdir: Path, say: Say) -> Path | None:
+    """The latest checkpoint of the run in `workdir`, None where there is none yet."""
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError(f"{workdir} is a file, not a directory: name another --workdir")
+    step = checkpoint.latest_step(workdir) if workdir.exists() else None
+    if step is None:
+        if workdir.exists() and any(workdir.iterdir()) and not (workdir / "config.json").exists():
+            raise InputError(f"{workdir} holds other files and no run: name an empty or new --workdir")
+        return None
+    found = checkpoint.locate(workdir, step)
+    saved = checkpoint.read_config(found)
+    wanted = dataclasses.replace(config, model=_with_derived(config, saved))
+    forbidden = forbidden_on_resume(saved, wanted)
+    if forbidden:
+        listed = "\n".join(f"  {name}: {old!r} in the run, {new!r} now" for name, (old, new) in forbidden.items())
+        raise InputError(
+            f"{workdir} holds a run with another config:\n{listed}\n"
+            "To keep both, name another --workdir; to continue this run, leave these fields as they were."
+        )
+    for name, (old, new) in differences(saved, wanted).items():
+        say(f"changed    {name}: {old!r} -> {new!r}")
+        if name == "training.steps":
+            say("           the learning-rate schedule is rebuilt over the new length")
+    return found
+
+
+def _with_derived(config: RunConfig, saved: RunConfig) -> ModelConfig:
+    """The model section with what the saved run derived in place of None, so that only choices are compared."""
+    derived = {
+        name: getattr(saved.model, name)
+        for name in ("vocab_size", "max_positions")
+        if getattr(config.model, name) is None
+    }
+    return dataclasses.replace(config.model, **derived)
+
+
+def _check_provenance(workdir: Path, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
+    for name, what in (("data_sha256", "training text"), ("tokenizer_sha256", "tokenizer")):
+        if saved.get(name) != now[name]:
+            raise InputError(
+                f"the {what} is not the one that the run in {workdir} began with (sha256 {now[name][:12]} now, "
+                f"{str(saved.get(name))[:12]} in the run): bring it back, or name another --workdir"
+            )
