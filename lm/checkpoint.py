@@ -10,13 +10,12 @@ file.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,7 +149,7 @@ class CheckpointWriter:
         present = steps(self._run)
         for step in set(present[: -self._keep]) - {best_step(self._run)}:
             # renamed first, so that a half-deleted checkpoint is never taken for a whole one
-            doomed = (step_path(self._run, step)).rename(self._folder / f"{step}.deleting")
+            doomed = step_path(self._run, step).rename(self._folder / f"{step}.deleting")
             shutil.rmtree(doomed)
 
 
@@ -158,10 +157,11 @@ def restore(checkpoint: str | Path, items: Mapping[str, Any]) -> dict[str, Any]:
     """Reads items of a checkpoint, bit for bit, in the structure of `items`: trees of jax.ShapeDtypeStruct.
 
     A leaf with a sharding becomes a jax.Array so laid out, whatever the layout and the devices it was written from; one
-    without becomes a numpy array. Raises InputError, naming the leaves, where structure, shape or dtype differ.
+    without becomes a numpy array. Raises InputError, naming the leaves, where structure, shape or dtype differ, and,
+    naming the files, where their checksums do.
     """
-    with _damage_named(checkpoint):
-        return {name: arrays.read_as(Path(checkpoint) / name, wanted) for name, wanted in items.items()}
+    _check(checkpoint, *items)
+    return {name: arrays.read_as(Path(checkpoint) / name, wanted) for name, wanted in items.items()}
 
 
 def restore_params(checkpoint: str | Path, *, dtype: Any = None) -> dict[str, Any]:
@@ -169,8 +169,8 @@ def restore_params(checkpoint: str | Path, *, dtype: Any = None) -> dict[str, An
 
     `dtype` casts floating-point leaves as they are read; None leaves them as saved.
     """
-    with _damage_named(checkpoint):
-        return arrays.read_here(Path(checkpoint) / "params", dtype=dtype)
+    _check(checkpoint, "params")
+    return arrays.read_here(Path(checkpoint) / "params", dtype=dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -206,6 +206,7 @@ class Loaded:
 def load(path: str | Path, *, step: str | int = "latest", dtype: Any = None) -> Loaded:
     """Opens a run directory or one checkpoint: config, parameters and tokenizer, with nothing but the path."""
     checkpoint = locate(path, step)
+    _check(checkpoint, CONFIG, TOKENIZER)
     tokenizer = None
     if (checkpoint / TOKENIZER).is_file():
         from lm.data import tokenizer as tokenizers
@@ -215,13 +216,7 @@ def load(path: str | Path, *, step: str | int = "latest", dtype: Any = None) -> 
     return Loaded(read_config(checkpoint), params, tokenizer, read_manifest(checkpoint).step, checkpoint)
 
 
-@contextlib.contextmanager
-def _damage_named(checkpoint: str | Path) -> Iterator[None]:
-    """Reading failed, for one of many reasons: if files were changed, that is the one to tell."""
-    try:
-        yield
-    except Exception as error:
-        problems = verify(checkpoint)
-        if not problems:
-            raise
-        raise InputError(f"{checkpoint} is damaged, use another: {listed(problems)}") from error
+def _check(checkpoint: str | Path, *parts: str) -> None:
+    """Compares checksums before anything is read: a changed byte in an array would otherwise pass for a number."""
+    if problems := verify(checkpoint, parts):
+        raise InputError(f"{checkpoint} is damaged: {listed(problems)}. Use another checkpoint of the run")

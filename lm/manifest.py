@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from lm.config import InputError
@@ -69,8 +69,11 @@ def read_manifest(checkpoint: str | Path) -> Manifest:
         raise InputError(f"{path} can't be read ({error}): use another checkpoint of the run") from error
 
 
-def verify(checkpoint: str | Path) -> list[str]:
-    """Compares every file with the manifest: the problems, one line each; empty when all is well."""
+def verify(checkpoint: str | Path, parts: Collection[str] | None = None) -> list[str]:
+    """Compares files with the manifest: the problems, one line each; empty when all is well.
+
+    `parts` are the items and top-level files to look at; None takes all.
+    """
     checkpoint = Path(checkpoint)
     try:
         manifest = read_manifest(checkpoint)
@@ -81,6 +84,8 @@ def verify(checkpoint: str | Path) -> list[str]:
         problems.append(f"{MANIFEST}: changed since it was written (its own checksum differs)")
     for name, expected in manifest.files.items():
         path = checkpoint / name
+        if parts is not None and name.split("/")[0] not in parts:
+            continue
         if not path.is_file():
             problems.append(f"{name}: missing")
         elif path.stat().st_size != expected.bytes:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import gc
 import json
 import os
 import shutil
@@ -103,28 +101,28 @@ def test_manifest_lists_every_file_and_says_where_it_comes_from(saved):
     assert (saved / "tokenizer.json").read_text() == (folder / "tokenizer.json").read_text()
 
 
-@pytest.mark.filterwarnings("ignore")  # Orbax drops half-done work when it fails
-def test_every_flipped_byte_is_found_and_no_damage_ends_in_a_traceback(saved, tmp_path):
+def test_every_changed_byte_is_found_and_nothing_damaged_is_read(saved, tmp_path):
+    """Without the checksums a flipped bit in an array is read as a number, with no error."""
     folder = shutil.copytree(checkpoint.locate(saved), tmp_path / "copy")
     items = abstract(items_like(7))
-    names = [*checkpoint.read_manifest(folder).files, MANIFEST]
-    for name in names:
+    for name in [*checkpoint.read_manifest(folder).files, MANIFEST]:
         path = folder / name
         original = path.read_bytes()
         damaged = bytearray(original)
         damaged[len(damaged) // 2] ^= 0x10
         path.write_bytes(damaged)
         assert any(MANIFEST in problem or problem.startswith(name) for problem in checkpoint.verify(folder)), name
-        with contextlib.suppress(InputError):
-            checkpoint.restore(folder, items)
-        with contextlib.suppress(InputError):
-            checkpoint.load(folder)
+        if name.split("/")[0] in items:
+            with pytest.raises(InputError, match=f"copy is damaged: {name}"):
+                checkpoint.restore(folder, items)
+        if name.split("/")[0] in ("params", "config.json", "tokenizer.json", MANIFEST):
+            with pytest.raises(InputError):
+                checkpoint.load(folder)
         path.write_bytes(original)
     (folder / "config.json").unlink()
     with (folder / "params/_METADATA").open("a") as file:
         file.write(" ")
     assert len(checkpoint.verify(folder)) == 2
-    gc.collect()  # so that what Orbax dropped is complained of here, where it is ignored
 
 
 def test_a_copied_checkpoint_opens_alone(saved, tmp_path):
@@ -270,11 +268,10 @@ def test_wrong_paths_say_what_is_there(saved, tmp_path):
 
 
 def test_a_config_of_another_schema_is_refused(saved, tmp_path):
-    folder = shutil.copytree(checkpoint.locate(saved), tmp_path / "copy")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "schema_version": 99}))
-    with pytest.raises(InputError, match="schema_version 99"):
-        checkpoint.load(folder)
+    config = json.loads((saved / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "schema_version": 99}))
+    with pytest.raises(InputError, match=f"{tmp_path}.*schema_version 99"):
+        checkpoint.read_config(tmp_path)
 
 
 def python(code, *arguments, devices=1):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -188,7 +189,7 @@ class WandbWriter:
         directory.mkdir(parents=True, exist_ok=True)
         kept = directory / "wandb_id"
         if not kept.exists():
-            write_atomically(kept, wandb.util.generate_id())
+            write_atomically(kept, secrets.token_hex(8))
         try:
             self._run = wandb.init(
                 project=project, dir=str(directory), config=dict(config), id=kept.read_text().strip(), resume="allow"

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import struct
 import subprocess
 import sys
 import types
@@ -86,7 +87,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_lines_are_strict_json(tmp_path):
     """NaN would make every other JSON reader refuse the whole file."""
     writer = JsonlWriter(tmp_path / "new" / "run")
-    writer.write({"step": np.int64(1), "a": math.nan, "b": np.float32("inf"), "c": np.float32(0.5), "d": {"e": [-math.inf]}})
+    writer.write(
+        {"step": np.int64(1), "a": math.nan, "b": np.float32("inf"), "c": np.float32(0.5), "d": {"e": [-math.inf]}}
+    )
     line = (tmp_path / "new" / "run").read_text()  # at once, not when closed
     assert line == '{"step": 1, "a": null, "b": null, "c": 0.5, "d": {"e": [null]}}\n'
     writer.close()
@@ -145,7 +148,11 @@ def test_several_validation_sets_are_named():
 
 
 def test_a_terminal_gets_a_bar_with_lines_above_it():
-    records = [*(training(step, **{"train/tokens_per_second": 1e6}) for step in range(1, 11)), evaluation(5), training(10)]
+    records = [
+        *(training(step, **{"train/tokens_per_second": 1e6}) for step in range(1, 11)),
+        evaluation(5),
+        training(10),
+    ]
     text = shown(console(True), 10, records)
     last = text.rsplit("\r", 1)[-1]
     assert "10/10  loss 2.0000  ppl 7.389  0:00 left" in last and "val ppl 4.482" in last and "━" in last
@@ -159,7 +166,57 @@ def test_a_narrow_terminal_keeps_the_bar_on_one_line():
     assert "\x1b[1A" not in text  # never moves up: nothing was wrapped
 
 
-def test_tensorboard_hides_what_a_resumed_run_writes_again(tmp_path):
-    pytest.importorskip("tensorboardX")
+def events(path):
+    """The events of a TensorBoard file: records of (length, checksum, bytes, checksum)."""
     from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.record_reader import read_record_file  # noqa: F401  (falls through where the reader is absent)
+
+    content, found = path.read_bytes(), []
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        found.append(Event.FromString(content[12 : 12 + length]))
+        content = content[12 + length + 4 :]
+    return found
+
+
+def test_tensorboard_hides_what_a_resumed_run_writes_again(tmp_path):
+    """TensorBoard drops the steps from a session's start on; without the mark it shows both curves."""
+    pytest.importorskip("tensorboardX")
+    for resume_step, steps in ((None, range(1, 7)), (4, range(5, 9))):
+        writer = TensorBoardWriter(tmp_path, resume_step)
+        writer.start({"start": {"resumed_from": resume_step}})
+        for step in steps:
+            writer.write(training(step, **{"train/mfu": None}))
+        writer.close()
+    first, second = (events(path) for path in sorted(tmp_path.iterdir(), key=lambda path: path.suffix))
+    assert [event.step for event in second if event.HasField("session_log")] == [5]
+    for found, steps in ((first, [1, 2, 3, 4, 5, 6]), (second, [5, 6, 7, 8])):
+        losses = [event.step for event in found if any(value.tag == "train/loss" for value in event.summary.value)]
+        assert losses == steps
+
+
+def test_wandb_goes_on_as_the_same_run(tmp_path, monkeypatch):
+    started, logged = [], []
+    run = types.SimpleNamespace(
+        config={}, log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("finished")
+    )
+    fake = types.ModuleType("wandb")
+    fake.Error = RuntimeError
+    fake.init = lambda **arguments: started.append(arguments) or run
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for _ in range(2):
+        writer = WandbWriter("project", tmp_path / "run", {"seed": 0})
+        writer.start({"start": {"devices": 1}})
+        writer.write(training(3, **{"train/mfu": None}))
+        writer.close()
+    assert started[0]["id"] == started[1]["id"] and len(started[0]["id"]) == 16
+    assert [(entry["resume"], entry["project"]) for entry in started] == [("allow", "project")] * 2
+    assert logged[0] == (3, {"tokens": 192.0, "seconds": 1.5, "train/loss": 2.0}) and logged[1] == "finished"
+
+
+@pytest.mark.parametrize("package", ["tensorboardX", "wandb"])
+def test_a_missing_package_says_what_to_install(tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    extra = "tensorboard" if package == "tensorboardX" else "wandb"
+    with pytest.raises(InputError, match=rf"pip install 'lm\[{extra}\]'"):
+        TensorBoardWriter(tmp_path) if extra == "tensorboard" else WandbWriter("p", tmp_path, {})
+    assert not list(tmp_path.iterdir())
