@@ -40,6 +40,15 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "norm": (),
 }
 
+# The config field that sets the size of a logical axis.
+SIZES = {
+    "embed": "model.d_model",
+    "vocab": "model.vocab_multiple",
+    "heads": "model.num_heads",
+    "kv_heads": "model.num_kv_heads",
+    "mlp": "model.d_ff",
+}
+
 
 def make_mesh(cfg: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of axes data × fsdp × tensor over the devices (default: all). Raises InputError where they don't fit."""
@@ -65,7 +74,7 @@ def sharding(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str, ...]) -> Named
         if size % parts:
             raise InputError(
                 f"axis {name!r} of size {size} is not a multiple of the {parts} devices on mesh axis "
-                f"{'*'.join(mesh_axes)!r}: change parallel.{mesh_axes[-1]} or the size"
+                f"{'*'.join(mesh_axes)!r}: change parallel.{mesh_axes[-1]} or {SIZES.get(name, 'the size')}"
             )
         split.append(mesh_axes or None)
     used = [axis for mesh_axes in split if mesh_axes for axis in mesh_axes]

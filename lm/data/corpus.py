@@ -2,9 +2,9 @@
 
     builtin:python-stdlib      tfds:NAME[/CONFIG][@VERSION][#FEATURE]      text:GLOB
 
-A source may end in a split. `SOURCE[train]` and `SOURCE[validation]` are the two corpora that `open_splits(SOURCE, None)`
-gives; other splits and slices are TFDS's own, as in `tfds:ag_news_subset[test[:10%]]`. Without a split, `text:` is all
-the text, and a dataset its train split.
+A source may end in a split. `SOURCE[train]` and `SOURCE[validation]` are the two corpora that `open_splits(SOURCE,
+None)` gives; other splits and slices are TFDS's own, as in `tfds:ag_news_subset[test[:10%]]`. Without a split, `text:`
+is all the text, and a dataset its train split.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Corpus(Sequence[Document]):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[one] for one in range(*index.indices(len(self)))]
         index = range(len(self))[index]
@@ -114,7 +114,7 @@ def _parse(source: str) -> tuple[str, str | None]:
             f"tfds:NAME or text:GLOB{example}"
         )
     # A glob may end in a set of characters, so only the two names are splits there.
-    split = r"train|validation" if kind == "text" else r"[^\[\]]*(?:\[[^\[\]]*\])?"
+    split = r"train|validation" if kind == "text" else r"(?:[^\[\]]|\[[^\[\]]*\])*"
     matched = re.fullmatch(rf"(.+?)\[({split})\]", source)
     base = matched[1] if matched else source
     if kind == "builtin" and (name := base.partition(":")[2]) not in BUILTINS:
@@ -129,7 +129,7 @@ def _dataset(base: str) -> Any:
         return None
     from lm.data import dataset, stdlib  # TFDS takes half a second to import, of no use to text files
 
-    return stdlib.prepared() if kind == "builtin" else dataset.named(rest.partition("#")[0])
+    return stdlib.prepared() if kind == "builtin" else dataset.named(*rest.partition("#")[::2])
 
 
 def _own_validation(builder: Any) -> str | None:

@@ -15,17 +15,20 @@ from lm.config import InputError, nearest
 from lm.data import cache
 
 
-def named(name: str) -> tfds.core.DatasetBuilder:
-    """The dataset NAME[/CONFIG][@VERSION], prepared: from our cache, from TFDS's own folder, or now."""
-    tfds_name = name.replace("@", ":")
-    builders = [_builder(tfds_name, folder) for folder in (cache.directory("tfds"), _tfds_folder())]
-    for builder in builders:
-        if builder is not None and builder.data_path.exists():
-            return builder
-    if builders[0] is None:
-        known = tfds.list_builders(with_community_datasets=False)
-        raise InputError(f"TFDS has no dataset {name!r}{nearest(name.split('/')[0], known)}")
-    return prepare(builders[0])
+def named(name: str, feature: str = "") -> tfds.core.DatasetBuilder:
+    """The dataset NAME[/CONFIG][@VERSION], prepared: from our cache, from TFDS's own folder, or now.
+
+    The text feature is looked up first, so that nothing is downloaded in vain.
+    """
+    builders = [_builder(name, folder) for folder in (cache.directory("tfds"), _tfds_folder())]
+    known = [builder for builder in builders if builder is not None]
+    if not known:
+        names = tfds.list_builders(with_community_datasets=False)
+        raise InputError(f"TFDS has no dataset {name!r}{nearest(name.split('/')[0], names)}")
+    there = [builder for builder in known if builder.data_path.exists()]
+    builder = (there or known)[0]
+    _text_feature(builder, feature or None)
+    return builder if there else prepare(builder)
 
 
 def prepare(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
@@ -100,7 +103,9 @@ def _text_feature(builder: tfds.core.DatasetBuilder, wanted: str | None) -> str:
     if wanted is None and "text" not in texts and len(texts) != 1:
         if not texts:
             raise InputError(f"{name} has no text: its features are {_listed(list(features))}")
-        raise InputError(f"{name} has several texts, {_listed(texts)}: choose one, as in tfds:{name}#{texts[0]}")
+        raise InputError(
+            f"{name} has several texts, {_listed(texts)}: choose one, as in #{texts[0]} at the end of the source"
+        )
     return wanted or ("text" if "text" in texts else texts[0])
 
 
@@ -108,11 +113,12 @@ def _builder(name: str, folder: Path) -> tfds.core.DatasetBuilder | None:
     """The builder for a dataset in a folder, or None where nobody knows it."""
     try:
         with quiet():
-            return tfds.builder(name, data_dir=str(folder), try_gcs=False)
+            return tfds.builder(name.replace("@", ":"), data_dir=str(folder), try_gcs=False)
     except tfds.core.DatasetNotFoundError:
         return None
     except (ValueError, AssertionError) as error:  # its config or its version
-        raise InputError(f"tfds:{name}: {error}") from error
+        reason = str(error).splitlines()[0].rpartition('}": ')[2]  # TFDS puts the arguments before it
+        raise InputError(f"tfds:{name}: {reason}") from error
 
 
 def _tfds_folder() -> Path:

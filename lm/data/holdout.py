@@ -24,4 +24,4 @@ def cut(text: str) -> int:
 
 
 def _hash(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest())
+    return int.from_bytes(hashlib.sha256(f"held out {name}".encode()).digest())

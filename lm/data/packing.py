@@ -6,19 +6,22 @@ where each document starts in the stream and, last, the stream's length.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 
 class Batch(NamedTuple):
-    """Rows of packed text, as `cut_rows` explains them: int32, the weights float32. A JAX pytree."""
+    """Rows of packed text, as `cut_rows` explains them: int32, the weights float32.
 
-    tokens_BT: np.ndarray
-    targets_BT: np.ndarray
-    weights_BT: np.ndarray
-    segments_BT: np.ndarray
-    positions_BT: np.ndarray
+    A JAX pytree of NumPy arrays on the host and of jax.Array on the devices.
+    """
+
+    tokens_BT: Any
+    targets_BT: Any
+    weights_BT: Any
+    segments_BT: Any
+    positions_BT: Any
 
 
 def cut_rows(

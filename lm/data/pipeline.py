@@ -1,4 +1,4 @@
-"""Batches as a pure function of (seed, step), so that nothing but the step has to be saved.
+"""Batches as a pure function of (seed, step), so that nothing but the step has to be saved to continue a run.
 
 Shapes: B rows in the batch, T positions in a row.
 """

@@ -1,7 +1,7 @@
 """`builtin:python-stdlib`: the source of the running interpreter's standard library, as a TFDS dataset.
 
-Real text of about 12 MB on every machine, without a download. It differs by interpreter, and TFDS serves an old build of
-the same name for ever: so the config's name carries the Python version and a hash of the files.
+Real text of about 12 MB on every machine, without a download. It differs by interpreter, and TFDS serves an old build
+of the same name for ever: so the config's name carries the Python version and a hash of the files.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
 
 
 def prepared(root: Path | None = None) -> tfds.core.DatasetBuilder:
-    """The dataset, built into the cache unless it is there. `root`: another folder of Python source than the library."""
+    """The dataset, built into the cache unless it is there; without a `root`, of the interpreter's own library."""
     root = root or Path(sysconfig.get_path("stdlib"))
     files = source_files(root)
     if len(files) < 2:
@@ -76,7 +76,7 @@ def prepared(root: Path | None = None) -> tfds.core.DatasetBuilder:
 def source_files(root: Path) -> dict[str, str]:
     """Every Python file below `root` with text, by its relative path, in order.
 
-    Each is decoded by the encoding it declares (PEP 263); one that can't be is left out, which is the same on every run.
+    Each is decoded by the encoding it declares (PEP 263); one that can't be is left out, every time.
     """
     files = {}
     for folder, subfolders, names in os.walk(root):

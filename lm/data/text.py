@@ -64,7 +64,7 @@ def _matches(pattern: str) -> dict[str, Path]:
     if not pattern:
         raise InputError("text: names no file: write text:PATH or text:'GLOB'")
     expanded = Path(pattern).expanduser()
-    matched = [Path(name) for name in glob.glob(str(expanded), recursive=True)]
+    matched = [Path(name) for name in glob.glob(str(expanded), recursive=True)]  # noqa: PTH207 (Path.glob takes no absolute one)
     files = [path for path in matched if path.is_file()]
     if not files:
         what = "a folder: write" if matched else "no file. Check the path, from"

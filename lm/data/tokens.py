@@ -84,7 +84,7 @@ def _write(
     fingerprint: str,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     head = np.array([] if tokenizer.bos is None else [tokenizer.bos], dtype)
     tail = np.array([] if tokenizer.eos is None else [tokenizer.eos], dtype)
     ends, sizes, words = [0], [], []
@@ -127,7 +127,7 @@ def _batches(corpus: Corpus) -> Iterator[list[str]]:
 
 
 def _mapped(path: Path, dtype: np.dtype, size: int) -> np.ndarray:
-    """A read-only memory map of a file of ids. Rows are read in random order, so the kernel is told not to read ahead."""
+    """A read-only memory map of a file of ids. Rows are read in random order: the kernel is told not to read ahead."""
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if hasattr(mmap, "MADV_RANDOM"):

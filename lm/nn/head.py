@@ -55,13 +55,17 @@ def lm_head(
     if softcap is not None:
         logits_BTV = softcap * jnp.tanh(logits_BTV / softcap)
     if logits_BTV.shape[-1] > vocabulary:
-        logits_BTV = jnp.where(jnp.arange(logits_BTV.shape[-1]) < vocabulary, logits_BTV, -jnp.inf)
+        logits_BTV = jnp.where(_ids(logits_BTV) < vocabulary, logits_BTV, -jnp.inf)
     return logits_BTV
 
 
 def token_nll(logits_BTV: Array, targets_BT: Array) -> Array:
     """nll_BT = logsumexp(logits) - logits[target], in nats, float32."""
     # A masked sum, not a gather: it stays local where the vocabulary is split over devices.
-    here_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[:, :, None]
-    target_BT = jnp.sum(jnp.where(here_BTV, logits_BTV, 0.0), axis=-1)
+    target_BT = jnp.sum(jnp.where(_ids(logits_BTV) == targets_BT[:, :, None], logits_BTV, 0.0), axis=-1)
     return jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT
+
+
+def _ids(logits_BTV: Array) -> Array:
+    """The id that each logit belongs to, [B, T, V]."""
+    return jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2)

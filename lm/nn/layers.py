@@ -5,6 +5,7 @@ Shapes: B batch, T position, D model width, N heads, H head width, F feed-forwar
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -132,15 +133,15 @@ def feed_forward(
     constrain: Constrain,
 ) -> Array:
     """down(act(up(x))), or down(silu(gate(x)) · up(x)) for SwiGLU; `dropout` falls on the hidden units."""
-    linear = {"inputs": 1, "numerics": numerics}
-    hidden_BTF = project(x_BTD, params["up"], params.get("up_bias"), **linear)
+    linear = functools.partial(project, inputs=1, numerics=numerics)
+    hidden_BTF = linear(x_BTD, params["up"], params.get("up_bias"))
     if activation == "swiglu":
-        gate_BTF = project(x_BTD, params["gate"], params.get("gate_bias"), **linear)
+        gate_BTF = linear(x_BTD, params["gate"], params.get("gate_bias"))
         hidden_BTF = ACTIVATIONS[activation](gate_BTF) * hidden_BTF
     else:
         hidden_BTF = ACTIVATIONS[activation](hidden_BTF)
     hidden_BTF = drop(constrain(hidden_BTF, ("batch", "length", "mlp")), dropout)
-    return project(hidden_BTF, params["down"], params.get("down_bias"), **linear)
+    return linear(hidden_BTF, params["down"], params.get("down_bias"))
 
 
 def _last(vector: Array, ndim: int) -> Array:

@@ -17,7 +17,8 @@ from lm.data.pipeline import Pipeline
 from lm.data.tokenizer import Tokenizer
 from lm.data.tokens import TokenStore, tokenize
 from lm.manifest import read_manifest
-from lm.parallel import check_batch, make_mesh
+from lm.nn.language_model import model_specs
+from lm.parallel import check_batch, make_mesh, parameter_shardings
 from lm.training.budget import Budget
 
 Say = Callable[[str], None]
@@ -53,6 +54,7 @@ def prepare(config: RunConfig, workdir: Path, say: Say) -> Start:
     )
     tokenizer = tokenizers.load(resume_from) if resume_from else tokenizers.build(config.tokenizer, training_text)
     config = config.resolve(tokenizer.vocab_size)
+    parameter_shardings(mesh, model_specs(config.model))  # raises where an axis of the mesh doesn't divide the model
     provenance = {"data_sha256": training_text.fingerprint, "tokenizer_sha256": tokenizer.sha256}
     if resume_from:
         _check_provenance(workdir, read_manifest(resume_from).provenance, provenance)

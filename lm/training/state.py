@@ -30,7 +30,7 @@ def abstract_state(cfg: RunConfig, optimizer: optax.GradientTransformation, mesh
     shapes = jax.eval_shape(lambda: _draw(cfg, optimizer))
     params = parameter_shardings(mesh, model_specs(cfg.model))
     shardings = TrainState(
-        step=replicated(mesh),
+        step=replicated(mesh),  # type: ignore[arg-type]
         params=params,
         opt_state=optax.tree.map_params(
             optimizer,

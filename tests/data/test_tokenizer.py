@@ -33,7 +33,7 @@ def trained():
 
 @pytest.fixture
 def metaspace():
-    """A SentencePiece-like file as Llama's: a space put in front, spaces as U+2581, bytes for what it has no token for."""
+    """A file as Llama's: a space is put in front, spaces are U+2581, and what has no token of its own is bytes."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{byte:02X}>": 3 + byte for byte in range(256)}}
     for token in ("\u2581", "a", "b", "\u00e9", "ab", "\u2581a"):
         vocab[token] = len(vocab)

@@ -1,0 +1,59 @@
+"""Eight fake devices in one process, strict shapes, and a cache of its own for every run of the tests."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from lm.config import ModelConfig, RunConfig  # noqa: E402
+
+# The shapes of model that the presets are made of, small; every test of the model runs over them.
+SHAPES = {
+    "gpt2": ModelConfig(num_layers=3, d_model=32, num_heads=4, bias=True, activation="gelu_tanh", vocab_multiple=8),
+    "llama": ModelConfig(
+        num_layers=3, d_model=32, num_heads=4, num_kv_heads=2, norm="rmsnorm", activation="swiglu", d_ff=48,
+        positions="rotary", tie_embeddings=False, vocab_multiple=1,
+    ),
+    "modern": ModelConfig(
+        num_layers=3, d_model=32, num_heads=4, norm="rmsnorm", activation="relu2", positions="rotary", qk_norm=True,
+        logit_softcap=15.0, head_dim=12,
+    ),
+    "tutorial": ModelConfig(
+        num_layers=3, d_model=32, num_heads=2, norm_position="post", activation="relu", positions="sinusoidal",
+        tie_embeddings=False, bias=True, head_bias=True, embedding_scale=True, hidden_dropout=True, initializer="torch",
+    ),
+    "bare": ModelConfig(num_layers=3, d_model=32, num_heads=2, activation="gelu", positions="none", vocab_multiple=1),
+}  # fmt: skip
+VOCABULARY = 61
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """$LM_CACHE: what an earlier version or another test left behind must not be found."""
+    os.environ["LM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(params=sorted(SHAPES))
+def model(request) -> ModelConfig:
+    """A resolved model config of every shape, with room for 32 positions."""
+    return resolved(SHAPES[request.param])
+
+
+def resolved(model: ModelConfig) -> ModelConfig:
+    """With a vocabulary of 61 and 32 positions: neither is a multiple of anything."""
+    return RunConfig(model=model).resolve(VOCABULARY).model
+
+
+@pytest.fixture(scope="session")
+def one_device():
+    """A mesh of a single device."""
+    from lm.config import ParallelConfig
+    from lm.parallel import make_mesh
+
+    return make_mesh(ParallelConfig(), jax.devices()[:1])

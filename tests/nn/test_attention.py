@@ -1,0 +1,96 @@
+"""Attention against a loop over queries, and its mask by gradient."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm.nn.attention import AttentionMask, attend
+from lm.nn.layers import Dropout
+from lm.nn.matmul import numerics
+
+B, T, N, H = 2, 7, 4, 6
+SEGMENTS = jnp.array([[1, 1, 1, 2, 2, 2, 0], [1, 2, 2, 2, 2, 3, 3]])
+
+
+def heads(key_value_heads):
+    shapes = [(B, T, N, H), (B, T, key_value_heads, H), (B, T, key_value_heads, H)]
+    return [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+
+
+def one_by_one(q, k, v, allowed):
+    """Softmax attention of every query alone, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    o = np.zeros_like(q)
+    for b, t, n in np.ndindex(B, T, N):
+        kv = n // (N // k.shape[2])
+        keys = [s for s in range(T) if allowed(b, t, s)]
+        scores = np.array([q[b, t, n] @ k[b, s, kv] for s in keys]) * 0.3
+        weights = np.exp(scores - scores.max())
+        o[b, t, n] = sum(w * v[b, s, kv] for w, s in zip(weights / weights.sum(), keys, strict=True))
+    return o
+
+
+def run(q, k, v, mask, dtype="float32", dropout=None):
+    return attend(q, k, v, mask, scale=0.3, numerics=numerics(dtype), dropout=dropout)
+
+
+@pytest.mark.parametrize("key_value_heads", [1, 2, 4])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("segments", [None, SEGMENTS])
+def test_equals_one_query_at_a_time(key_value_heads, causal, segments):
+    q, k, v = heads(key_value_heads)
+
+    def allowed(b, t, s):
+        return (s <= t or not causal) and (segments is None or segments[b, t] == segments[b, s])
+
+    o = run(q, k, v, AttentionMask(causal, segments, segments))
+    np.testing.assert_allclose(o, one_by_one(q, k, v, allowed), atol=2e-6)  # float32, other order of summation
+
+
+def test_gradient_flows_only_where_the_mask_allows():
+    q, k, v = heads(2)
+    mask = AttentionMask(True, SEGMENTS, SEGMENTS)
+    for b, t in np.ndindex(B, T):
+        gk, gv = jax.grad(lambda k, v, b=b, t=t: run(q, k, v, mask)[b, t].sum(), argnums=(0, 1))(k, v)
+        for gradient in (gk, gv):
+            seen = np.abs(np.asarray(gradient)).sum((2, 3)) > 0
+            wanted = np.zeros((B, T), bool)
+            wanted[b, : t + 1] = SEGMENTS[b, : t + 1] == SEGMENTS[b, t]
+            assert not (seen & ~wanted).any()
+        assert (seen == wanted).all()
+
+
+def test_query_offset_is_the_row_index_of_the_first_query():
+    q, k, v = heads(4)
+    whole = run(q, k, v, AttentionMask(True, SEGMENTS, SEGMENTS))
+    last = run(q[:, 5:], k, v, AttentionMask(True, SEGMENTS[:, 5:], SEGMENTS, query_offset=5))
+    np.testing.assert_allclose(last, whole[:, 5:], atol=1e-6)
+
+
+def test_a_query_that_sees_nothing_is_finite():
+    q, k, v = heads(4)
+    mask = AttentionMask(True, jnp.full((B, T), 9), jnp.ones((B, T), jnp.int32))
+    value, gradient = jax.value_and_grad(lambda q: run(q, k, v, mask).sum())(q)
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+def test_bfloat16_is_close():
+    q, k, v = heads(2)
+    mask = AttentionMask(True)
+    low = run(*(x.astype(jnp.bfloat16) for x in (q, k, v)), mask, "bfloat16")
+    assert low.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(low, np.float32), run(q, k, v, mask), atol=3e-2)  # 8 bits of mantissa
+
+
+def test_dropout_on_probabilities_keeps_the_mean():
+    q, k, _ = heads(4)
+    v = jnp.ones_like(k)
+    mask, wide = AttentionMask(False), 400
+    dropped = [
+        run(q, k, v, mask, dropout=Dropout(0.25, jax.random.split(jax.random.key(i), B))).mean() for i in range(wide)
+    ]
+    assert abs(float(np.mean(dropped)) - 1) < 0.02
+    assert float(np.std(dropped)) > 0

@@ -1,0 +1,131 @@
+"""The config: exact round trip, and every mistake found before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import jax
+import pytest
+
+import lm
+from lm.config import InputError, RunConfig, forbidden_on_resume
+from lm.nn import params
+from lm.nn.language_model import model_specs
+
+
+def changed(**sections) -> RunConfig:
+    """The default config with some fields changed: changed(model={"num_heads": 3})."""
+    config = RunConfig()
+    return dataclasses.replace(
+        config,
+        **{name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()},
+    )
+
+
+@pytest.mark.parametrize("name", lm.preset_names())
+def test_presets_are_valid_and_survive_json(name):
+    config = lm.preset(name).validate().resolve(vocab_size=60000)
+    again = RunConfig.from_json(config.to_json())
+    assert again == config
+    assert json.loads(config.to_json())["schema_version"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "vocabulary", "parameters"),
+    [
+        ("gpt2_124m", 50257, 124_439_808),  # as GPT-2 small has
+        ("llama_1b", 128_256, 1_235_814_400),  # as Llama 3.2 1B has, its head tied
+        (
+            "torch_tutorial",
+            28_782,
+            2 * 28_782 * 200 + 28_782 + 2 * (4 * 200 * 200 + 4 * 200 + 2 * (200 * 200 + 200) + 800),
+        ),
+    ],
+)
+def test_parameter_counts(name, vocabulary, parameters):
+    """Shapes of the large presets through eval_shape: nothing is allocated."""
+    config = lm.preset(name)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_multiple=1)).resolve(vocabulary)
+    specs = model_specs(config.model)
+    shapes = jax.eval_shape(lambda: params.initialize(specs, jax.random.key(0)))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == params.count(specs) == parameters
+
+
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    [
+        ({"model": {"num_heads": 3}}, ["num_heads 3", "d_model 128"]),
+        ({"model": {"num_kv_heads": 3}}, ["num_kv_heads 3", "num_heads 4"]),
+        ({"model": {"positions": "rotary", "head_dim": 5}}, ["rotary", "5"]),
+        ({"model": {"positions": "sinusoidal", "d_model": 33, "num_heads": 3}}, ["sinusoidal", "33"]),
+        ({"model": {"max_positions": 10}}, ["max_positions 10", "context 256"]),
+        ({"model": {"dropout": 1.0}}, ["model.dropout", "less than 1"]),
+        ({"model": {"dropout": -0.1}}, ["model.dropout", "0 or more"]),
+        ({"model": {"num_layers": 0}}, ["model.num_layers", "more than 0"]),
+        ({"model": {"num_layers": 2.0}}, ["model.num_layers", "whole number"]),
+        ({"model": {"num_layers": True}}, ["model.num_layers", "whole number"]),
+        ({"model": {"bias": "yes"}}, ["model.bias", "True or False"]),
+        ({"model": {"activation": "swish"}}, ["model.activation", "'swiglu'"]),
+        ({"optimizer": {"learning_rate": math.nan}}, ["optimizer.learning_rate"]),
+        ({"optimizer": {"learning_rate": math.inf}}, ["optimizer.learning_rate"]),
+        ({"training": {"steps": None}}, ["exactly one", "training.steps"]),
+        ({"training": {"seconds": 5.0}}, ["exactly one", "training.steps"]),
+        ({"training": {"gradient_accumulation": 3}}, ["gradient_accumulation 3", "batch_size 16"]),
+        ({"evaluation": {"stride": 300}}, ["stride 300", "window 256"]),
+        ({"evaluation": {"window": 512}}, ["window 512", "256 learned positions"]),
+        ({"tokenizer": {"kind": "file"}}, ["tokenizer.path"]),
+        ({"tokenizer": {"path": "x.json"}}, ["tokenizer.kind", "'bytes'"]),
+        ({"tokenizer": {"kind": "bpe", "vocab_size": 100}}, ["tokenizer.vocab_size", "258"]),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named_with_the_way_out(sections, told):
+    with pytest.raises(InputError) as error:
+        changed(**sections).validate()
+    for words in told:
+        assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (lambda c: c["model"].update(layers=3), "model.layers"),
+        (lambda c: c["model"].update(num_layer=3), "did you mean 'num_layers'"),
+        (lambda c: c["data"].update(context="long"), "data.context"),
+        (lambda c: c.update(model=3), "'model'"),
+        (lambda c: c.update(schema_version=99), "schema_version 99"),
+        (lambda c: c.pop("schema_version"), "schema_version None"),
+    ],
+)
+def test_json_of_another_kind_is_refused(edit, told):
+    content = json.loads(RunConfig().to_json())
+    edit(content)
+    with pytest.raises(InputError, match=told):
+        RunConfig.from_json(json.dumps(content))
+
+
+def test_what_a_run_may_change_when_it_goes_on():
+    saved = RunConfig()
+    free = changed(
+        parallel={"fsdp": 8}, checkpoint={"keep": 7}, evaluation={"every_steps": 3}, observe={"every_steps": 9},
+        model={"scan_layers": True, "remat": True}, training={"steps": 2000},
+    )  # fmt: skip
+    assert forbidden_on_resume(saved, free) == {}
+    assert forbidden_on_resume(saved, changed(training={"steps": 10})) == {"training.steps": (1000, 10)}
+    assert forbidden_on_resume(saved, changed(training={"seed": 1})) == {"training.seed": (0, 1)}
+    assert set(forbidden_on_resume(saved, changed(model={"dropout": 0.1}, data={"context": 8}))) == {
+        "model.dropout",
+        "data.context",
+    }
+
+
+def test_unknown_preset_gets_the_nearest_name(tmp_path):
+    with pytest.raises(InputError, match="did you mean 'shakespeare_char'"):
+        lm.preset("shakespere_char")
+    own = tmp_path / "own.py"
+    own.write_text("from lm import RunConfig\ndef get_config():\n    return RunConfig()\n")
+    assert lm.preset(str(own)) == RunConfig()
+    own.write_text("x = 1\n")
+    with pytest.raises(InputError, match="get_config"):
+        lm.preset(str(own))

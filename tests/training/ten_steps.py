@@ -1,0 +1,61 @@
+"""Ten training steps on a fixed packed batch stream: what the tests of step, mesh and golden numbers share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+from lm.config import DataConfig, OptimizerConfig, RunConfig, TrainingConfig
+from lm.data.packing import cut_rows
+from lm.data.pipeline import Batch
+from lm.nn.language_model import model_specs
+from lm.parallel import constrainer, put_rows
+from lm.training.optimizer import make_optimizer
+from lm.training.state import create_state
+from lm.training.step import train_step
+
+from ..conftest import SHAPES, VOCABULARY
+
+ROWS, CONTEXT = 16, 24
+
+
+def run_config(name: str, *, gradient_accumulation: int = 1, **model) -> RunConfig:
+    """A resolved config of one of the test shapes."""
+    return RunConfig(
+        model=dataclasses.replace(SHAPES[name], **model),
+        data=DataConfig(context=CONTEXT),
+        training=TrainingConfig(steps=10, batch_size=ROWS, gradient_accumulation=gradient_accumulation, seed=3),
+        optimizer=OptimizerConfig(learning_rate=2e-2, warmup_steps=2),
+    ).resolve(VOCABULARY)
+
+
+def batch_at(step: int) -> Batch:
+    """Packed rows: several documents in most, one cut short and one mostly padding."""
+    draw = np.random.default_rng(step)
+    lengths = draw.integers(1, 40, 30)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids = np.cumsum(draw.integers(0, 3, offsets[-1])) % VOCABULARY  # one of three next ids: something to learn
+    starts = draw.integers(0, offsets[-1], ROWS)
+    rows = np.full(ROWS, CONTEXT)
+    rows[3], rows[8] = 17, 2
+    return cut_rows(ids, offsets, starts, rows, context=CONTEXT)
+
+
+def compiled(cfg: RunConfig, mesh):
+    """The jitted step of a config on a mesh, and a fresh state."""
+    optimizer = make_optimizer(cfg.optimizer, model_specs(cfg.model))
+    step = functools.partial(train_step, cfg=cfg, optimizer=optimizer, constrain=constrainer(mesh))
+    return jax.jit(step), create_state(cfg, optimizer, mesh)
+
+
+def losses(cfg: RunConfig, mesh, with_state: bool = False):
+    """The loss of each of ten updates, in nats a token; and the state after them."""
+    step, state = compiled(cfg, mesh)
+    found = []
+    for n in range(10):
+        state, sums = step(state, put_rows(mesh, batch_at(n)), np.float32(n / 10))
+        found.append(float(sums.nats / sums.tokens))
+    return (found, state) if with_state else found
