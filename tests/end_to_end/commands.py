@@ -40,7 +40,7 @@ TINY: Mapping[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a process ended and what it said, as it stands and as words without boxes and line breaks."""
+    """How a process ended and what it said; `message` is stderr in words, without boxes, line breaks and JAX's own log."""
 
     status: int
     stdout: str
@@ -48,7 +48,8 @@ class Result:
 
     @property
     def message(self) -> str:
-        return " ".join(re.sub("[─│╭╮╰╯]", " ", self.stderr).split())
+        lines = [line for line in self.stderr.splitlines() if not line.startswith("WARNING:jax")]
+        return " ".join(re.sub("[─│╭╮╰╯]", " ", "\n".join(lines)).split())
 
 
 def train(source: str, workdir: Path, **changes: Any) -> list[str]:

@@ -70,6 +70,8 @@ CASES = [
     Case("learning rate that is no number", "--optimizer.learning-rate nan", ("optimizer.learning_rate", "nan")),
     Case("stride over the window", "--evaluation.window 16 --evaluation.stride 17", ("stride 17", "window 16")),
     Case("window over the positions", "--evaluation.window 64", ("64", "32 learned positions")),
+    Case("sample prompt over the positions", f"--observe.sample-prompt {'a' * 40}", ("observe.sample_prompt", "32")),
+    Case("workdir that can't be made", "", ("/dev/null/run", "--workdir"), workdir="/dev/null/run"),
     Case("another config", "--optimizer.beta1 0.5", (r"optimizer\.beta1: 0.9 .*0.5", "--workdir"), workdir="{run}"),
     Case("workdir is a file", "", ("short.txt", "is a file", "--workdir"), workdir="{tmp}/short.txt"),
     Case("workdir holds other files", "", ("other files", "--workdir"), workdir="{tmp}"),
@@ -80,10 +82,21 @@ CASES = [
     Case("evaluating without a model", "eval.py", ("required",)),
     Case("evaluating a missing text", "eval.py {run} --data text:{tmp}/missing.txt", ("missing.txt", "no file")),
     Case("evaluating with stride over window", "eval.py {run} --window 8 --stride 9", ("stride 9", "window 8")),
+    Case("evaluating with a window of 0", "eval.py {run} --window 0", ("window", "0")),
+    Case("evaluating with a stride of 0", "eval.py {run} --stride 0", ("stride", "0")),
+    Case("evaluating no windows at a time", "eval.py {run} --batch-size 0", ("batch.size", "0")),
+    Case(
+        "result to a folder that isn't there",
+        "eval.py {run} --json {tmp}/none/x.json",
+        ("{tmp}/none", "folder|directory"),
+    ),
     Case("evaluating past the positions", "eval.py {run} --window 33", ("window 33", "32 learned positions")),
     Case("generating from what is no run", "-m lm generate {tmp}", ("{tmp}", "not a run")),
     Case("generating past the positions", "-m lm generate {run} --max-tokens 40", ("40", "32 learned positions")),
     Case("generating nothing", "-m lm generate {run} --max-tokens 0", ("max_tokens is 0",)),
+    Case("no samples", "-m lm generate {run} --samples 0", ("samples", "0")),
+    Case("infinite temperature", "-m lm generate {run} --max-tokens 8 --temperature inf", ("temperature is inf",)),
+    Case("seed of many digits", "-m lm generate {run} --max-tokens 8 --seed 99999999999999999999", ("seed", "9999")),
     Case("temperature below zero", "-m lm generate {run} --temperature -1", ("temperature is -1",)),
     Case("unknown subcommand", "-m lm genrate {run}", ("'genrate'", "did you mean 'generate'")),
 ]
@@ -127,14 +140,15 @@ def untouched(finished):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_status_2_and_one_message(untouched, ended, finished, case):
     folder, before, result = ended[case]
-    assert result.status == 2, f"status {result.status}\n{result.stdout}\n{result.stderr}"
+    assert result.status == 2, f"status {result.status}: {result.message}"
     assert "Traceback" not in result.stderr and "Traceback" not in result.stdout
     for pattern in case.said:
         pattern = pattern.format(tmp=re.escape(str(folder)))
         assert re.search(pattern, result.message), f"{pattern!r} is not in: {result.message}"
-    assert len(re.findall("^error: |^╭", result.stderr, re.MULTILINE)) == 1, f"not one message: {result.stderr}"
+    assert len(re.findall("^error: |^╭", result.stderr, re.MULTILINE)) == 1, f"not one message: {result.message}"
     assert result.stdout == "", "nothing is announced that doesn't happen"
-    assert "ompiling" not in result.stderr, "compiled something first"
+    compiled = re.findall(r"Compiling (\S+)", result.stderr)
+    assert not compiled, f"compiled {compiled} first"
     assert commands.contents(folder) == before, "wrote something"
     assert commands.contents(finished.workdir) == untouched, "changed a run that was there"
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shutil
+import time
 
 import pytest
 
@@ -40,6 +42,33 @@ def test_more_steps_continue_and_free_fields_may_change(copied):
     assert "schedule is rebuilt" in result.stdout
     assert [step for step, _ in commands.losses(copied.workdir)] == [*range(1, 601), *range(602, 621, 2)]
     assert max(commands.steps(copied.workdir)) == 620
+
+
+def test_another_protocol_evaluates_a_complete_run_anew(copied):
+    """The number shown must be the one that was asked for, not one of an earlier protocol."""
+    again = commands.succeed([*copied.arguments, "--evaluation.window", "16", "--evaluation.stride", "4"])
+    result = json.loads((copied.workdir / "eval.json").read_text(encoding="utf-8"))
+    assert (result["protocol"]["window"], result["protocol"]["stride"]) == (16, 4)
+    assert f"{result['perplexity']:.3f}" in again.stdout
+    assert "compiled" not in again.stdout, "nothing was trained"
+
+
+def test_a_second_trainer_in_the_same_directory_is_refused(long_run, tmp_path):
+    """Two would delete each other's unfinished checkpoints and mix their metrics."""
+    arguments = long_run(tmp_path / "run")
+    first = commands.start([*arguments, "--training.steps", "2000"])
+    try:
+        while not commands.losses(tmp_path / "run"):
+            assert first.poll() is None, commands.finish(first)
+            time.sleep(0.01)
+        second = commands.run([*arguments, "--training.steps", "2000"])
+        still_running = first.poll() is None
+    finally:
+        first.terminate()
+        stopped = commands.finish(first)
+    assert still_running, "the first had already ended: nothing was tested"
+    assert second.status == 2 and "--workdir" in second.message, f"{second.stdout}{second.stderr}"
+    assert stopped.status == 143, stopped.stderr
 
 
 def test_other_fields_may_not_change(copied):

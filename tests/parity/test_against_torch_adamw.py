@@ -35,14 +35,14 @@ ADAMW = OptimizerConfig(
     beta2=0.95,
     epsilon=1e-5,
     weight_decay=0.2,
-    clip_norm=5.0,
+    clip_norm=3.0,
 )
 
 # Of losses, norms and learning rates, relative: float32, another order of summation, passed on by ten updates.
 TOLERANCE = 1e-5
 # Of how far a parameter has moved, relative to the largest move in its array. Adam divides a gradient by its own size,
 # which makes an update of the rounding where that is near 0: hence this tolerance, and an epsilon above the rounding.
-MOVE_TOLERANCE = 2e-4
+MOVE_TOLERANCE = 1e-3
 
 
 def run_config(family, micro_batches: int = 1, **optimizer) -> RunConfig:
@@ -125,9 +125,11 @@ def by_path(tree):
     return {jax.tree_util.keystr(path): value for path, value in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+EVEN_LLAMA = LLAMA._replace(table_std=0.1)  # small embeddings make large gradients
+
 CASES = {
-    "llama": (LLAMA, {}, 1),
-    "llama-two-micro-batches": (LLAMA, {}, 2),
+    "llama": (EVEN_LLAMA, {}, 1),
+    "llama-two-micro-batches": (EVEN_LLAMA, {}, 2),
     # Softmax ignores a bias on the keys: its gradient is all rounding.
     "gpt2": (GPT2, {"epsilon": 1e-4, "clip_norm": 2.4}, 1),
 }
@@ -149,19 +151,19 @@ def test_ten_updates_equal(family, optimizer, micro_batches):
         {"clip_norm": float("inf")},
         {"beta1": 0.8},
         {"beta2": 0.99},
-        {"epsilon": 1e-8},
+        {"epsilon": 1e-4},
         {"warmup_steps": 2},
         {"final_learning_rate": 0.0},
     ],
     ids=str,
 )
 def test_updates_differ_from_another_config(change):
-    cfg = run_config(LLAMA)
-    _, moves, _ = compare(LLAMA, cfg, dataclasses.replace(cfg.optimizer, **change))
-    assert max(moves.values()) > 50 * MOVE_TOLERANCE
+    cfg = run_config(EVEN_LLAMA)
+    _, moves, _ = compare(EVEN_LLAMA, cfg, dataclasses.replace(cfg.optimizer, **change))
+    assert max(moves.values()) > 20 * MOVE_TOLERANCE
 
 
 def test_updates_differ_where_norms_decay_too():
-    cfg = run_config(LLAMA)
-    _, moves, _ = compare(LLAMA, cfg, cfg.optimizer, decay_all=True)
-    assert max(value for name, value in moves.items() if "norm" in name) > 50 * MOVE_TOLERANCE
+    cfg = run_config(EVEN_LLAMA)
+    _, moves, _ = compare(EVEN_LLAMA, cfg, cfg.optimizer, decay_all=True)
+    assert max(value for name, value in moves.items() if "norm" in name) > 20 * MOVE_TOLERANCE
