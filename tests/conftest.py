@@ -15,20 +15,20 @@ from lm.config import ModelConfig, RunConfig  # noqa: E402
 
 # The shapes of model that the presets are made of, small; every test of the model runs over them.
 SHAPES = {
-    "gpt2": ModelConfig(num_layers=3, d_model=32, num_heads=4, bias=True, activation="gelu_tanh", vocab_multiple=8),
+    "gpt2": ModelConfig(num_layers=2, d_model=32, num_heads=4, bias=True, activation="gelu_tanh", vocab_multiple=8),
     "llama": ModelConfig(
-        num_layers=3, d_model=32, num_heads=4, num_kv_heads=2, norm="rmsnorm", activation="swiglu", d_ff=48,
+        num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, norm="rmsnorm", activation="swiglu", d_ff=48,
         positions="rotary", tie_embeddings=False, vocab_multiple=1,
     ),
     "modern": ModelConfig(
-        num_layers=3, d_model=32, num_heads=4, norm="rmsnorm", activation="relu2", positions="rotary", qk_norm=True,
+        num_layers=2, d_model=32, num_heads=4, norm="rmsnorm", activation="relu2", positions="rotary", qk_norm=True,
         logit_softcap=15.0, head_dim=12,
     ),
     "tutorial": ModelConfig(
-        num_layers=3, d_model=32, num_heads=2, norm_position="post", activation="relu", positions="sinusoidal",
+        num_layers=2, d_model=32, num_heads=2, norm_position="post", activation="relu", positions="sinusoidal",
         tie_embeddings=False, bias=True, head_bias=True, embedding_scale=True, hidden_dropout=True, initializer="torch",
     ),
-    "bare": ModelConfig(num_layers=3, d_model=32, num_heads=2, activation="gelu", positions="none", vocab_multiple=1),
+    "bare": ModelConfig(num_layers=2, d_model=32, num_heads=2, activation="gelu", positions="none", vocab_multiple=1),
 }  # fmt: skip
 VOCABULARY = 61
 

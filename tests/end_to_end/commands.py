@@ -40,7 +40,7 @@ TINY: Mapping[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a process ended and what it said; `message` is stderr in words, without boxes, line breaks and JAX's own log."""
+    """How a process ended and what it said; `message` is stderr without boxes, line breaks and JAX's own log."""
 
     status: int
     stdout: str
