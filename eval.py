@@ -4,28 +4,29 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from lm import api, cli
+from lm import cli
+from lm.config import InputError
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """Perplexity of a model on a text: every token of every document scored once, by the protocol that is printed."""
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run directory, or one checkpoint inside it."""
     data: str | None = None
     """Source of text. None: the validation text of the run."""
     window: int | None = None
-    """Longest input the model sees, in tokens. None: the training context."""
+    """Longest input the model sees, in tokens. None: evaluation.window of the run, else its training context."""
     stride: int | None = None
-    """New tokens that each window scores. None: the window."""
+    """New tokens that each window scores. None: evaluation.stride of the run if the window is too, else the window."""
     step: Literal["latest", "best"] | int = "latest"
     """Which checkpoint of the run."""
     batch_size: int | None = None
@@ -38,6 +39,13 @@ class Arguments:
 
 def evaluate(argv: Sequence[str]) -> None:
     arguments = cli.parse(Arguments, argv, prog="eval.py")
+    target = None if arguments.json is None else Path(arguments.json)
+    if target is not None and (target.is_dir() or not target.absolute().parent.is_dir()):
+        raise InputError(
+            f"--json {target}: its folder {target.absolute().parent} must exist, and it must be a file there"
+        )
+    from lm import api  # here, so that Ctrl-C ends the command cleanly while JAX is loading
+
     run = api.load(arguments.model, step=arguments.step, dtype=arguments.compute_dtype)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -51,22 +59,27 @@ def evaluate(argv: Sequence[str]) -> None:
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     result = scores.to_dict()
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    Console().print(_table(result))
+    _show(result)
+    if target is not None:
+        target.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _table(result: dict) -> Table:
-    table = Table(title=f"{result['model']['path']}", show_header=False, title_justify="left")
-    for name in ("nats_per_token", "standard_error", "perplexity", "word_perplexity", "bits_per_byte"):
-        value = result[name]
-        table.add_row(name.replace("_", " "), "-" if value is None else f"{value:.6g}")
-    for name in ("tokens", "words", "bytes", "documents"):
-        table.add_row(name, f"{result[name]:,}")
-    for name, value in result["protocol"].items():
-        table.add_row(name, str(value))
-    table.add_row("seconds", f"{result['seconds']:.2f}")
-    return table
+def _show(result: dict[str, Any]) -> None:
+    """A table on a terminal, a line `name: value` each elsewhere."""
+    names = ("nats_per_token", "standard_error", "perplexity", "word_perplexity", "bits_per_byte")
+    rows = {name.replace("_", " "): "-" if result[name] is None else f"{result[name]:.6g}" for name in names}
+    rows |= {name: f"{result[name]:,}" for name in ("tokens", "words", "bytes", "documents")}
+    rows |= {f"protocol {name}": str(value) for name, value in result["protocol"].items()}
+    rows |= {"model": f"{result['model']['path']} ({result['model']['parameters']:,} parameters)"}
+    rows |= {"seconds": f"{result['seconds']:.2f}"}
+    console = Console()
+    if not console.is_terminal:
+        print("\n".join(f"{name}: {value}" for name, value in rows.items()))
+        return
+    table = Table(show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
 
 
 if __name__ == "__main__":

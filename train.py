@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
-from lm import api, cli
+from lm import cli
 
 
-def train(arguments: Sequence[str]) -> None:
-    config, workdir = cli.train_arguments(arguments, api.preset)
+def train(argv: Sequence[str]) -> None:
+    from lm import api  # here, so that Ctrl-C ends the command cleanly while JAX is loading
+
+    config, workdir = cli.train_arguments(argv, api.preset)
     api.train(config, workdir)
 
 

@@ -1,4 +1,4 @@
-"""The classic PyTorch tutorial model: post-norm encoder layers under a causal mask, as torch.nn.TransformerEncoder has them.
+"""The classic PyTorch tutorial model: torch.nn.TransformerEncoder's post-norm layers under a causal mask.
 
     python train.py torch_tutorial --data.train text:train.txt --data.validation text:valid.txt
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -17,7 +17,7 @@ from lm.config import InputError, nearest
 class Generate:
     """Continues a prompt."""
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run directory, or one checkpoint inside it."""
     prompt: str = ""
     """Text to continue."""
@@ -40,7 +40,9 @@ class Generate:
 def generate(argv: Sequence[str]) -> None:
     """Prints the prompt with each continuation."""
     arguments = cli.parse(Generate, argv, prog="python -m lm generate")
-    from lm import api
+    if arguments.samples < 1:
+        raise InputError(f"--samples is {arguments.samples}: use 1 or more")
+    from lm import api  # here, so that Ctrl-C ends the command cleanly while JAX is loading
 
     texts = api.generate(
         api.load(arguments.model, step=arguments.step),
@@ -61,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
     """Finds the subcommand and runs it."""
     usage = f"usage: python -m lm {{{','.join(COMMANDS)}}} ... (each has --help)"
     if not argv or argv[0] in ("-h", "--help"):
-        print(usage)
+        print(usage, file=sys.stdout if argv else sys.stderr)
         sys.exit(0 if argv else 2)
     if argv[0] not in COMMANDS:
         raise InputError(f"no command {argv[0]!r}{nearest(argv[0], COMMANDS)}\n{usage}")

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import json
+import math
+import shlex
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from rich.console import Console
 
 from lm import checkpoint, generation
 from lm.checkpoint import Loaded
-from lm.config import InputError, ParallelConfig, RunConfig, nearest
+from lm.config import EvaluationConfig, InputError, ParallelConfig, RunConfig, nearest
 from lm.data.corpus import open_corpus, open_splits
 from lm.data.tokenizer import Tokenizer
 from lm.data.tokens import tokenize
 from lm.evaluation import compression
 from lm.evaluation.perplexity import Evaluator, Scores
 from lm.generation import Sampling
-from lm.manifest import write_atomically
+from lm.manifest import fingerprint, read_manifest, write_atomically
 from lm.nn.language_model import model_specs
 from lm.observe.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, WandbWriter, Writer
 from lm.parallel import make_mesh, parameter_shardings
+from lm.run_directory import locked
+from lm.training.run import evaluator as make_evaluator
 from lm.training.run import run as run_training
 from lm.training.signals import StopRequest
 from lm.training.start import Start, prepare
@@ -50,7 +56,10 @@ def preset(name: str) -> RunConfig:
     spec = importlib.util.spec_from_file_location(f"lm_preset_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's own code raises
+        raise InputError(f"{path} can't be loaded: {type(error).__name__}: {error}") from error
     config = module.get_config() if hasattr(module, "get_config") else None
     if not isinstance(config, RunConfig):
         raise InputError(f"{path} is not a preset: it needs a function get_config() that returns an lm RunConfig")
@@ -79,23 +88,24 @@ def train(config: RunConfig, workdir: str | Path) -> Loaded:
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    start = prepare(config, workdir, say)
-    say(f"resuming from step {start.step}" if start.resume_from else f"starting   a new run in {workdir}")
-    writers = _Writers(start, workdir, console)
-    with StopRequest() as stop:
-        try:
-            run_training(start, workdir, write=writers.write, say=say, stop=stop)
-        finally:
-            writers.close()
-    if stop.signal is not None:
-        say(f"stopped    by {signal.Signals(stop.signal).name}; saved in {workdir}; the same command continues")
-        raise SystemExit(128 + stop.signal)
-    run = checkpoint.load(workdir)  # computes in the run's own dtype
-    result = _evaluated_before(workdir, run.step)
-    if result is None:
-        result = _final_evaluation(run, start, workdir)
-    else:
-        say(f"complete   {workdir} has used up its budget; for more, raise it (--training.steps N)")
+    with contextlib.ExitStack() as held:
+        if workdir.is_dir():
+            held.enter_context(locked(workdir))
+        start = prepare(config, workdir, say)
+        if not workdir.is_dir():
+            workdir.mkdir(parents=True)
+            held.enter_context(locked(workdir))
+        writers = _Writers(start, workdir, console)
+        with StopRequest() as stop:
+            try:
+                run_training(start, workdir, write=writers.write, say=say, stop=stop)
+            finally:
+                writers.close()
+        if stop.signal is not None:
+            say(f"stopped    by {signal.Signals(stop.signal).name}; saved in {workdir}; the same command continues")
+            raise SystemExit(128 + stop.signal)
+        run = dataclasses.replace(checkpoint.load(workdir), config=start.config)  # its evaluation may have changed
+        result = _final_evaluation(run, start, workdir, say)
     _conclude(run, result, workdir, say)
     return run
 
@@ -140,19 +150,20 @@ def evaluate(
     else:
         text = open_corpus(data, document_separator=config.data.document_separator)
     tokenizer = _tokenizer(run)
+    given = config.evaluation if window is None else EvaluationConfig(window=window)  # the run's stride fits its window
+    window = config.data.context if given.window is None else given.window
+    stride = stride if stride is not None else window if given.stride is None else given.stride
     mesh = make_mesh(ParallelConfig())
     evaluator = Evaluator(
         config.model,
         tokenize(text, tokenizer),
         tokenizer,
-        window=window or config.evaluation.window or config.data.context,
-        stride=stride or (config.evaluation.stride if window is None else None) or window or config.data.context,
-        batch_size=batch_size or config.evaluation.batch_size,
+        window=window,
+        stride=stride,
+        batch_size=config.evaluation.batch_size if batch_size is None else batch_size,
         mesh=mesh,
     )
-    params = jax.device_put(run.params, parameter_shardings(mesh, model_specs(config.model)))
-    described = {"path": str(run.path), "step": run.step, "parameters": run.num_parameters}
-    return dataclasses.replace(evaluator(params, progress), model=described)
+    return _score(run, evaluator, mesh, progress)
 
 
 def generate(
@@ -216,34 +227,44 @@ def _tokenizer(run: Loaded) -> Tokenizer:
     return run.tokenizer
 
 
-def _evaluated_before(workdir: Path, step: int | None) -> dict[str, Any] | None:
-    """The final evaluation of this step, None if it has not been made."""
-    path = workdir / EVALUATION
-    if not path.exists():
-        return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    return result if result["model"]["step"] == step else None
+def _score(run: Loaded, evaluator: Evaluator, mesh: Mesh, progress: Callable[[int, int], None] | None = None) -> Scores:
+    params = jax.device_put(run.params, parameter_shardings(mesh, model_specs(run.config.model)))
+    described = {"path": str(run.path), "step": run.step, "parameters": run.num_parameters}
+    return dataclasses.replace(evaluator(params, progress), model=described)
 
 
-def _final_evaluation(run: Loaded, start: Start, workdir: Path) -> dict[str, Any]:
-    """Scores the whole validation text and keeps the result in the run, with what compressors need for the same text."""
+def _final_evaluation(run: Loaded, start: Start, workdir: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Scores the whole validation text and keeps the result in the run; of a complete run it is there already."""
+    path, mesh = workdir / EVALUATION, make_mesh(ParallelConfig())
+    evaluator = make_evaluator(start, mesh, in_loop=False)
+    params_sha256 = fingerprint(read_manifest(run.path), "params")
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, KeyError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["model"]["params_sha256"] == params_sha256 and found["protocol"] == evaluator.protocol:
+            say(f"complete   {workdir} has used up its budget; to go on, raise the budget in training.*")
+            return found
     yardsticks = compression.bits_per_byte(document.text for document in start.validation_text)
-    result = {**evaluate(run).to_dict(), "compressors_bits_per_byte": yardsticks}
-    write_atomically(workdir / EVALUATION, json.dumps(result, indent=2) + "\n")
+    result = _score(run, evaluator, mesh).to_dict()
+    result["model"]["params_sha256"] = params_sha256
+    result["compressors_bits_per_byte"] = yardsticks
+    write_atomically(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
     return result
 
 
 def _conclude(run: Loaded, result: dict[str, Any], workdir: Path, say: Callable[[str], None]) -> None:
     """The last lines of a run: its numbers, a sample, where it lies and what to try next."""
-    say(f"validation perplexity {result['perplexity']:.3f} a token over {result['tokens']:,} tokens")
-    others = "".join(f", {name} {bits:.3f}" for name, bits in result["compressors_bits_per_byte"].items())
-    say(f"           {result['bits_per_byte']:.3f} bits per byte (the same text{others})" if others else "")
-    prompt = run.config.observe.sample_prompt
-    if prompt is not None:
-        room = run.config.observe.sample_tokens
-        if run.config.model.positions == "learned":
-            room = min(room, run.config.model.position_rows - len(_tokenizer(run).encode(prompt)) - 1)
-        say(f"sample     {prompt!r} goes on, at temperature 0.8:")
-        say(prompt + generate(run, [prompt], max_tokens=max(room, 1), temperature=0.8)[0])
+    if result["nats"] is None:
+        say("diverged   the loss is not a finite number: lower optimizer.learning_rate, or set optimizer.clip_norm")
+    else:
+        others = "".join(f", {name} {bits:.3f}" for name, bits in result["compressors_bits_per_byte"].items())
+        say(f"validation perplexity {result['perplexity'] or math.inf:.3f} over {result['tokens']:,} tokens")
+        say(f"           {result['bits_per_byte']:.3f} bits per byte" + (f" (the same text{others})" if others else ""))
+        prompt = run.config.observe.sample_prompt
+        if prompt is not None:
+            left = generation.room(run.config.model, len(generation.prompt_ids(_tokenizer(run), prompt)))
+            tokens = min(run.config.observe.sample_tokens, math.inf if left is None else left)
+            say(f"sample     {prompt!r} goes on, at temperature 0.8:")
+            say(prompt + generate(run, [prompt], max_tokens=int(tokens), temperature=0.8)[0])
     say(f"saved      {run.path}")
-    say(f"next       python -m lm generate {workdir} --prompt '{prompt or ''}'   python eval.py {workdir}")
+    place = shlex.quote(str(workdir))
+    say(f"next       python eval.py {place}   or   python -m lm generate {place} --prompt {shlex.quote('import ')}")

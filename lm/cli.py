@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,22 +23,26 @@ def main(command: Callable[[Sequence[str]], Any]) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader of our output has gone: there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(130)  # at once: XLA's threads may be at work, and crash while the interpreter is taken down
 
 
 def parse(kind: type[Arguments], arguments: Sequence[str], *, prog: str, default: Arguments | None = None) -> Arguments:
     """A dataclass from command-line arguments. Wrong ones are told with the nearest right ones, exit status 2."""
-    extra = {} if default is None else {"default": default}
-    return tyro.cli(
-        kind, args=list(arguments), prog=prog, config=(tyro.conf.FlagConversionOff,), **extra  # type: ignore[arg-type]
-    )  # fmt: skip
+    config = (tyro.conf.FlagConversionOff,)
+    if default is None:
+        return tyro.cli(kind, args=list(arguments), prog=prog, config=config)
+    return tyro.cli(kind, args=list(arguments), prog=prog, config=config, default=default)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainArguments:
-    """Trains a language model: python train.py [PRESET | path/to/preset.py] [--workdir DIR] [--SECTION.FIELD VALUE ...]"""
+    """Trains a language model. PRESET comes first: the name of one, or the path of a .py file with get_config(); tiny
+    without one. A run directory that holds a run continues it."""
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     workdir: str | None = None
@@ -50,17 +55,15 @@ def train_arguments(arguments: Sequence[str], preset: Callable[[str], RunConfig]
     name, rest = (arguments[0], arguments[1:]) if named else ("tiny", arguments)
     default = preset(name)
     parsed = parse(TrainArguments, rest, prog="train.py [PRESET]", default=TrainArguments(default))
-    training = _one_budget(parsed.config.training, default.training)
+    training = _one_budget(parsed.config.training, rest)
     config = dataclasses.replace(parsed.config, training=training)
-    return config, Path(parsed.workdir or f"runs/{Path(name).stem}")
+    return config, Path(f"runs/{Path(name).stem}" if parsed.workdir is None else parsed.workdir)
 
 
-def _one_budget(training: TrainingConfig, default: TrainingConfig) -> TrainingConfig:
-    """A budget given on the command line takes the place of the preset's; two given there stay, and are refused later."""
-    given = [name for name in BUDGETS if getattr(training, name) not in (None, getattr(default, name))]
+def _one_budget(training: TrainingConfig, arguments: Sequence[str]) -> TrainingConfig:
+    """A budget given on the command line takes the preset's place; two given there stay, and are refused later."""
+    flags = {argument.split("=")[0] for argument in arguments}
+    given = [name for name in BUDGETS if f"--training.{name}" in flags and getattr(training, name) is not None]
     if len(given) != 1:
         return training
-    replaced = {
-        name: None for name in BUDGETS if name not in given and getattr(training, name) == getattr(default, name)
-    }
-    return dataclasses.replace(training, **replaced)
+    return dataclasses.replace(training, **dict.fromkeys(set(BUDGETS) - set(given)))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The configuration of a whole run: frozen dataclasses, checked across fields, with an exact JSON round trip.
+"""The configuration of a whole run: frozen dataclasses with an exact JSON round trip; `lm/validation.py` checks them.
 
 `None` always means "off" or "derived from another field". Nothing here imports the rest of `lm`.
 """
@@ -18,7 +18,7 @@ SCHEMA_VERSION = 1
 
 
 class InputError(ValueError):
-    """The user's arguments or files are at fault. The message names the thing and the way out; commands print it, exit 2."""
+    """The user's arguments or files are at fault. Commands print the message, way out included, and exit with 2."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +135,7 @@ class DataConfig:
     train: str = "builtin:python-stdlib"
     """Source of the training text: builtin:python-stdlib, tfds:NAME[/CONFIG][@VERSION][#FEATURE] or text:GLOB."""
     validation: str | None = None
-    """Source of the validation text. None: the dataset's own validation or test split, else a tenth held out of train."""
+    """Source of the validation text. None: the dataset's own validation or test split, else a tenth of train."""
     context: int = 256
     """Row length, in tokens."""
     document_separator: str | None = None
@@ -177,7 +177,7 @@ class TrainingConfig:
     epochs: float | None = None
     """Budget in passes over the training text, rounded up to whole steps."""
     seconds: float | None = None
-    """Budget in seconds of wall time in the loop, compilation left out."""
+    """Budget in seconds of wall time in the loop, evaluations included, compilation of the training step not."""
     batch_size: int = 16
     """Rows in the global batch of one update."""
     gradient_accumulation: int = 1
@@ -188,7 +188,7 @@ class TrainingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When checkpoints are written and which are kept. The last step, a stop by signal and the best are always saved."""
+    """When checkpoints are written and which are kept. The last step, the best and a stopped one are always saved."""
 
     every_steps: int | None = None
     """Save every N steps. None: off."""
@@ -279,30 +279,10 @@ class RunConfig:
         version = values.pop("schema_version", None)
         if version != SCHEMA_VERSION:
             raise InputError(
-                f"config has schema_version {version!r}, this version of lm reads {SCHEMA_VERSION}: open it with the lm that wrote it"
+                f"config has schema_version {version!r}, this version of lm reads {SCHEMA_VERSION}: "
+                "open it with the lm that wrote it"
             )
         return _build(cls, values, "")
-
-    def validate(self) -> RunConfig:
-        """Checks every type and all that fields demand of one another; returns the config itself.
-
-        Raises InputError, naming the fields, their values and the way out. What depends on the devices or on the text
-        is checked where those are known, still before anything compiles.
-        """
-        _check_types(self, "")
-        _check_ranges(self)
-        _check_model(self.model, self.data)
-        _check_training(self.training)
-        _check_evaluation(self)
-        if (self.tokenizer.kind == "file") != (self.tokenizer.path is not None):
-            raise InputError(
-                f"tokenizer.kind is {self.tokenizer.kind!r} and tokenizer.path is {self.tokenizer.path!r}: kind 'file' needs a path, and only it has one"
-            )
-        if self.tokenizer.kind == "bpe" and self.tokenizer.vocab_size < 258:
-            raise InputError(
-                f"tokenizer.vocab_size is {self.tokenizer.vocab_size}: a byte-level BPE needs at least 258 (256 bytes, BOS and EOS)"
-            )
-        return self
 
 
 BUDGETS = ("steps", "tokens", "epochs", "seconds")
@@ -311,7 +291,7 @@ BUDGETS = ("steps", "tokens", "epochs", "seconds")
 
 def differences(saved: RunConfig, wanted: RunConfig) -> dict[str, tuple[Any, Any]]:
     """The fields, by dotted name, in which two configs differ: {name: (saved, wanted)}."""
-    old, new = _flat(saved), _flat(wanted)
+    old, new = flat(saved), flat(wanted)
     return {name: (old[name], new[name]) for name in old if old[name] != new[name]}
 
 
@@ -327,12 +307,13 @@ def forbidden_on_resume(saved: RunConfig, wanted: RunConfig) -> dict[str, tuple[
 
 
 def nearest(name: str, names: typing.Iterable[str]) -> str:
-    """ ", did you mean 'x'?" for the closest of the names, or an empty string."""
+    """ " (did you mean 'x'?)" for the closest of the names, or an empty string."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _flat(config: RunConfig) -> dict[str, Any]:
+def flat(config: RunConfig) -> dict[str, Any]:
+    """All fields by dotted name."""
     return {
         f"{section}.{name}": value
         for section, fields in dataclasses.asdict(config).items()
@@ -352,17 +333,18 @@ def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
             value = _build(hints[name], value, f"{prefix}{name}.")
         arguments[name] = value
     built = cls(**arguments)
-    _check_types(built, prefix)
+    check_types(built, prefix)
     return built
 
 
-def _check_types(config: Any, prefix: str) -> None:
+def check_types(config: Any, prefix: str = "") -> None:
+    """Raises InputError, naming the field, where a value is not of its field's type."""
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
         if dataclasses.is_dataclass(hint):
             if type(value) is not hint:
                 raise InputError(f"{prefix}{name} is {value!r}, not a {typing.cast(type, hint).__name__}")
-            _check_types(value, f"{prefix}{name}.")
+            check_types(value, f"{prefix}{name}.")
         elif not _is_a(value, hint):
             raise InputError(f"{prefix}{name} is {value!r}, it must be {_describe(hint)}")
 
@@ -386,74 +368,3 @@ def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
     return {int: "a whole number", float: "a number", bool: "True or False", str: "text", type(None): "None"}[hint]
-
-
-_AT_LEAST_ZERO = {
-    "model.dropout",
-    "training.seed",
-    "optimizer.warmup_steps",
-    "optimizer.final_learning_rate",
-    "optimizer.beta1",
-    "optimizer.beta2",
-    "optimizer.weight_decay",
-    "model.init_std",
-}
-_BELOW_ONE = {"model.dropout", "optimizer.beta1", "optimizer.beta2"}
-
-
-def _check_ranges(config: RunConfig) -> None:
-    for name, value in _flat(config).items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        if name in _AT_LEAST_ZERO:
-            if not 0 <= value < float("inf"):
-                raise InputError(f"{name} is {value}: it must be 0 or more")
-        elif not 0 < value < float("inf"):
-            raise InputError(f"{name} is {value}: it must be more than 0")
-        if name in _BELOW_ONE and value >= 1:
-            raise InputError(f"{name} is {value}: it must be less than 1")
-
-
-def _check_model(model: ModelConfig, data: DataConfig) -> None:
-    if model.head_dim is None and model.d_model % model.num_heads:
-        raise InputError(
-            f"model.num_heads {model.num_heads} does not divide model.d_model {model.d_model}: change one, or set model.head_dim"
-        )
-    if model.num_heads % model.kv_heads:
-        raise InputError(f"model.num_kv_heads {model.kv_heads} does not divide model.num_heads {model.num_heads}")
-    if model.positions == "rotary" and model.head_width % 2:
-        raise InputError(
-            f"rotary positions turn pairs, but a head is {model.head_width} wide: use an even model.head_dim"
-        )
-    if model.positions == "sinusoidal" and model.d_model % 2:
-        raise InputError(f"sinusoidal positions come in pairs, but model.d_model is {model.d_model}: use an even width")
-    if model.positions == "learned" and model.max_positions is not None and model.max_positions < data.context:
-        raise InputError(
-            f"model.max_positions {model.max_positions} is less than data.context {data.context}: every position of a row needs its own"
-        )
-
-
-def _check_training(training: TrainingConfig) -> None:
-    given = {name: getattr(training, name) for name in BUDGETS if getattr(training, name) is not None}
-    if len(given) != 1:
-        raise InputError(
-            f"exactly one of training.steps, .tokens, .epochs and .seconds must be set, got {given or 'none'}: set the others to None"
-        )
-    if training.batch_size % training.gradient_accumulation:
-        raise InputError(
-            f"training.gradient_accumulation {training.gradient_accumulation} does not divide training.batch_size {training.batch_size}"
-        )
-
-
-def _check_evaluation(config: RunConfig) -> None:
-    window = config.evaluation.window or config.data.context
-    stride = config.evaluation.stride or window
-    if stride > window:
-        raise InputError(
-            f"evaluation.stride {stride} is more than evaluation.window {window}: tokens between windows would not be scored"
-        )
-    rows = config.model.max_positions or config.data.context
-    if config.model.positions == "learned" and window > rows:
-        raise InputError(
-            f"evaluation.window {window} is more than the model's {rows} learned positions: use at most {rows}"
-        )

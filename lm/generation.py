@@ -6,6 +6,7 @@ Shapes: B prompts, P padded prompt length, T tokens fed at once, V vocabulary ro
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -31,8 +32,8 @@ class Sampling(NamedTuple):
 
     def validate(self) -> Sampling:
         """Raises InputError on a value out of range; returns the object itself."""
-        if not self.temperature >= 0:
-            raise InputError(f"temperature is {self.temperature}: use 0 for greedy, or more")
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"temperature is {self.temperature}: use 0 for greedy, or more, but finite")
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"top_k is {self.top_k}: use 1 or more, or None")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -55,10 +56,23 @@ def generate(
     A prompt follows the tokenizer's BOS (else its EOS). A row's tokens depend on its prompt, its index and the seed,
     not on the other prompts.
     """
-    head = [] if tokenizer.first_id is None else [tokenizer.first_id]
-    rows = [np.concatenate([np.array(head, np.int32), tokenizer.encode(prompt)]) for prompt in prompts]
+    rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     ids = generate_ids(params, cfg, rows, max_tokens=max_tokens, sampling=sampling, seed=seed, end_id=tokenizer.eos)
     return [tokenizer.decode(row) for row in ids]
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
+    """What the model is fed for a prompt: BOS (else EOS) and the prompt's own ids. Raises InputError on broken text."""
+    head = [] if tokenizer.first_id is None else [tokenizer.first_id]
+    try:
+        return np.concatenate([np.array(head, np.int32), tokenizer.encode(prompt)])
+    except UnicodeEncodeError as error:
+        raise InputError(f"the prompt {prompt!r} is not UTF-8: set a UTF-8 locale, or mend the text") from error
+
+
+def room(cfg: ModelConfig, prompt_tokens: int) -> int | None:
+    """New tokens that the learned positions leave after a prompt, 0 or less for none; None: as many as you like."""
+    return cfg.position_rows - prompt_tokens + 1 if cfg.positions == "learned" else None
 
 
 def generate_ids(
@@ -76,6 +90,8 @@ def generate_ids(
     Raises InputError for an empty prompt, and where learned positions don't reach the end.
     """
     sampling.validate()
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed is {seed}: use a whole number from 0 to 2**32 - 1")
     if max_tokens < 1:
         raise InputError(f"max_tokens is {max_tokens}: use 1 or more")
     if not prompts:
@@ -83,9 +99,9 @@ def generate_ids(
     longest = max(len(prompt) for prompt in prompts)
     if not all(len(prompt) for prompt in prompts):
         raise InputError("an empty prompt, and a tokenizer with neither BOS nor EOS to begin with: give some text")
-    if cfg.positions == "learned" and longest + max_tokens - 1 > cfg.position_rows:
-        room = cfg.position_rows - longest + 1
-        way_out = f"use max_tokens {room} or fewer" if room > 0 else "shorten the prompt"
+    left = room(cfg, longest)
+    if left is not None and max_tokens > left:
+        way_out = f"use max_tokens {left} or fewer" if left > 0 else "shorten the prompt"
         raise InputError(
             f"a prompt of {longest} tokens and {max_tokens} new ones are more than the model's {cfg.position_rows} "
             f"learned positions: {way_out}"
@@ -169,7 +185,7 @@ def pick(logits_BV: Array, keys_B: Array, temperature: Array, sampling: Sampling
     """
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = logits_BV / temperature
+    logits_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / temperature  # 0 at most: none overflows
     if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
         least_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
         logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)

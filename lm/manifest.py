@@ -50,6 +50,12 @@ def write_manifest(
     return manifest
 
 
+def fingerprint(manifest: Manifest, item: str) -> str:
+    """One checksum over the files of one item: it names these very arrays."""
+    listed = sorted((name, record.sha256) for name, record in manifest.files.items() if name.startswith(f"{item}/"))
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
 def add_metrics(checkpoint: Path, metrics: Mapping[str, float]) -> None:
     """Adds metrics that were measured after the checkpoint was written."""
     manifest = read_manifest(checkpoint)

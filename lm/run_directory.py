@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lm.config import InputError, RunConfig
@@ -14,6 +16,31 @@ BEST = "eval/nats_per_token"
 """The metric that decides which checkpoint is the best: the lowest."""
 
 CHECKPOINTS, CONFIG, TOKENIZER = "checkpoints", "config.json", "tokenizer.json"
+
+
+@contextlib.contextmanager
+def locked(run: str | Path) -> Iterator[None]:
+    """Keeps other processes on this machine from training in a run directory, which must exist, at the same time.
+
+    The lock is the system's, on the folder itself: it ends with the process, however that ends. None where the system
+    has no such locks (Windows).
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(
+            f"another process is training in {run}: wait until it ends, or name another --workdir"
+        ) from error
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def steps(run: str | Path) -> list[int]:

@@ -13,6 +13,7 @@ import lm
 from lm.config import InputError, RunConfig, forbidden_on_resume
 from lm.nn import params
 from lm.nn.language_model import model_specs
+from lm.validation import validate
 
 
 def changed(**sections) -> RunConfig:
@@ -26,7 +27,7 @@ def changed(**sections) -> RunConfig:
 
 @pytest.mark.parametrize("name", lm.preset_names())
 def test_presets_are_valid_and_survive_json(name):
-    config = lm.preset(name).validate().resolve(vocab_size=60000)
+    config = validate(lm.preset(name)).resolve(vocab_size=60000)
     again = RunConfig.from_json(config.to_json())
     assert again == config
     assert json.loads(config.to_json())["schema_version"] == 1
@@ -82,7 +83,7 @@ def test_parameter_counts(name, vocabulary, parameters):
 )  # fmt: skip
 def test_mistakes_are_named_with_the_way_out(sections, told):
     with pytest.raises(InputError) as error:
-        changed(**sections).validate()
+        validate(changed(**sections))
     for words in told:
         assert words in str(error.value)
 

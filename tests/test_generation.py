@@ -97,7 +97,7 @@ def test_draws_follow_the_exact_distribution(sampling, kept):
     draws = 20_000
     keys = jax.random.split(jax.random.key(0), draws)
     logits = jnp.tile(jnp.asarray(LOGITS, jnp.float32), (draws, 1))
-    tokens = jax.jit(lambda l, k, t: pick(l, k, t, sampling))(logits, keys, jnp.float32(sampling.temperature))
+    tokens = jax.jit(lambda logits, k, t: pick(logits, k, t, sampling))(logits, keys, jnp.float32(sampling.temperature))
     weights = np.exp(LOGITS / sampling.temperature) * (np.arange(6) < kept)
     expected = draws * weights / weights.sum()
     counts = np.bincount(tokens, minlength=6)

@@ -10,11 +10,20 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from lm.config import InputError
+
 
 def directory(*parts: str) -> Path:
     """A folder under `$LM_CACHE`, else under the user's cache folder; made on demand."""
     folder = _root().joinpath(*parts)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"no folder can be made at {folder}: {error.strerror}; set LM_CACHE to one that can"
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{folder} can't be written to: set LM_CACHE to a folder that can")
     return folder
 
 

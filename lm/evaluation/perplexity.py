@@ -1,6 +1,6 @@
 """Perplexity by one declared protocol: every token of every document scored exactly once, never across documents.
 
-Shapes: R rows, W window, D documents.
+Shapes: R rows, W positions in a row, D documents.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class Scores:
         return self.tokens / self.seconds
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as eval.py writes it."""
-        return {
+        """The result as eval.py writes it; JSON has no NaN and no infinity, so these are None."""
+        values = {
             **{name: getattr(self, name) for name in ("nats", "tokens", "words", "bytes", "documents")},
             **{name: getattr(self, name) for name in ("nats_per_token", "perplexity", "word_perplexity")},
             **{name: getattr(self, name) for name in ("bits_per_byte", "standard_error")},
@@ -71,10 +71,14 @@ class Scores:
             "seconds": self.seconds,
             "tokens_per_second": self.tokens_per_second,
         }
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
 
 
 class Window(NamedTuple):
-    """Input ids [begin, end) of a document with its BOS; the targets are one further, the last `scored` of them count."""
+    """Input ids [begin, end) of a document with its BOS. Targets are one further; the last `scored` of them count."""
 
     begin: int
     end: int
@@ -125,10 +129,13 @@ class Evaluator:
         _check_window(cfg, window, stride)
         self.cfg, self.store, self.mesh = cfg, store, mesh
         self.window, self.stride, self.first_id = window, stride, tokenizer.first_id
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}: use 1 window or more")
         self.rows = -(-batch_size // batch_shards(mesh)) * batch_shards(mesh)
         self.documents = _first_documents(store, max_tokens)
-        lengths = [len(store.document(document)) for document in self.documents]
-        self.tokens = sum(lengths if self.first_id is not None else (max(length - 1, 0) for length in lengths))
+        targets = [len(store.document(document)) - (self.first_id is None) for document in self.documents]
+        self.tokens = sum(max(count, 0) for count in targets)
+        self.row_length = min(window, max(1, *targets))  # no row longer than the longest document
         self.protocol = {
             "window": window,
             "stride": stride,
@@ -190,7 +197,7 @@ class Evaluator:
         row = used = piece = 0
         for document, ids, window in self._windows():
             size = window.end - window.begin
-            if used + size > self.window:
+            if used + size > self.row_length:
                 row, used, piece = row + 1, 0, 0
             if row == self.rows:
                 yield batch, document_RW
@@ -215,7 +222,7 @@ class Evaluator:
                 yield document, ids, window
 
     def _empty(self) -> tuple[Batch, np.ndarray]:
-        shape = (self.rows, self.window)
+        shape = (self.rows, self.row_length)
         tokens, targets, segments, positions = (np.zeros(shape, np.int32) for _ in range(4))
         return Batch(tokens, targets, np.zeros(shape, np.float32), segments, positions), np.full(shape, -1)
 
@@ -267,4 +274,4 @@ def _first_documents(store: TokenStore, max_tokens: int | None) -> list[int]:
 
 
 def _exp(nats: float) -> float:
-    return math.exp(nats) if nats < 700 else math.inf
+    return math.inf if nats > 700 else math.exp(nats)  # exp(710) overflows

@@ -119,7 +119,7 @@ def forward_cached(
     cfg: ModelConfig,
     constrain: Constrain,
 ) -> tuple[Array, KeyValueCache]:
-    """`forward` of the next T tokens of every row, which see what the cache holds; returns x_BTD and the longer cache."""
+    """`forward` of the next T tokens of every row, which see what the cache holds: x_BTD and the longer cache."""
     cache = cache.mark(segments_BT)
     mask = AttentionMask(True, segments_BT, cache.segments_BS, query_offset=cache.length)
     x_BTD, written = _run(params, tokens_BT, positions_BT, mask, cache, cfg, None, constrain)

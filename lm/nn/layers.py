@@ -22,7 +22,7 @@ Constrain = Callable[[Array, tuple[str, ...]], Array]
 
 
 class Dropout(NamedTuple):
-    """A dropout rate in (0, 1) and one PRNG key a row of the batch, so that a row's mask doesn't depend on its company."""
+    """A rate in (0, 1) and one PRNG key a row of the batch, so that a row's mask doesn't depend on its company."""
 
     rate: float
     keys_B: Array
@@ -36,7 +36,7 @@ class Dropout(NamedTuple):
 
 
 def drop(x: Array, dropout: Dropout | None) -> Array:
-    """Zeroes entries of x [B, ...] with probability `rate` and scales the rest by 1 / (1 - rate) (Srivastava et al. 2014)."""
+    """Zeroes entries of x [B, ...] at the rate, scales the rest by 1 / (1 - rate) (Srivastava et al. 2014)."""
     if dropout is None:
         return x
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - dropout.rate, x.shape[1:]))(dropout.keys_B)
@@ -76,7 +76,7 @@ def layer_norm(x: Array, scale: Array, bias: Array | None, *, epsilon: float) ->
 
 
 def rotary(x_BTNH: Array, positions_BT: Array, *, base: float) -> Array:
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864): turns dimension pairs (h, h + H/2) by position · base^(-2h/H).
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864): turns dimensions (h, h + H/2) by position · base^(-2h/H).
 
     The halves are paired, not the neighbours, as in Llama checkpoints.
     """

@@ -1,7 +1,7 @@
 """The mixed-precision contract of every matrix product.
 
-Operands are cast to the compute dtype, sums are kept in float32, forward and in both gradients. JAX's own transpose rule
-would promote the operands of the backward pass to the float32 of its cotangent; here the cotangent is cast instead.
+Operands are cast to the compute dtype, sums are kept in float32, forward and in both gradients. JAX's own transpose
+rule would promote the operands of the backward pass to its cotangent's float32; here the cotangent is cast instead.
 
 Shapes: Z any batch axes, M rows, K contracted, N columns.
 """

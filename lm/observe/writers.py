@@ -91,6 +91,7 @@ class ConsoleWriter:
         self._task = self._bar.add_task("", total=total_steps or seconds, line="", validation="") if self._bar else None
         self._origin: tuple[int, float] | None = None
         self._printed_twentieths, self._printed_at = -1, -math.inf
+        self._printed: Mapping[str, Any] | None = None
 
     def start(self, record: Mapping[str, Any]) -> None:
         if self._bar is not None:
@@ -104,7 +105,7 @@ class ConsoleWriter:
             self.message(f"step {record['step']}  {line}")
         if validation and self._bar is not None and self._task is not None:
             nats = record[f"{_evaluated(record)[0]}nats_per_token"]
-            self._bar.update(self._task, validation=f"val ppl {_perplexity(nats)}")
+            self._bar.update(self._task, validation=f"  val ppl {_perplexity(nats)}")
 
     def message(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""
@@ -125,7 +126,17 @@ class ConsoleWriter:
         twentieths, now = int(20 * self._share(record)), time.monotonic()
         if twentieths > self._printed_twentieths or now >= self._printed_at + 60:
             self._printed_twentieths, self._printed_at = twentieths, now
-            self.message(line)
+            parts[1:-1] = _numbers(self._averaged(record))
+            self._printed = record
+            self.message("  ".join(part for part in parts if part))
+
+    def _averaged(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The record with the speed since the line before, where there is one: a single step's speed jumps about."""
+        before = self._printed
+        if before is None or not {"tokens", "seconds"} <= record.keys() or record["seconds"] <= before["seconds"]:
+            return record
+        speed = (record["tokens"] - before["tokens"]) / (record["seconds"] - before["seconds"])
+        return {**record, "train/tokens_per_second": speed}
 
     def _position(self, record: Mapping[str, Any]) -> str:
         return f"step {record['step']}" + (f"/{self._total_steps}" if self._total_steps else "")

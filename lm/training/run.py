@@ -45,6 +45,7 @@ def run(start: Start, workdir: Path, *, write: Callable[[dict[str, Any]], None],
     step = start.step
     if start.budget.done(step, seconds):
         return
+    say(f"resuming from step {step}" if start.resume_from else f"starting   a new run in {workdir}")
     run_step = _compile(start, optimizer, mesh, say)
     write({"start": _describe(start, mesh)})
     with CheckpointWriter(

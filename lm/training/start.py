@@ -6,6 +6,7 @@ Everything a user can get wrong is found out here, and nothing in the run direct
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from lm.data.corpus import Corpus, open_splits
 from lm.data.pipeline import Pipeline
 from lm.data.tokenizer import Tokenizer
 from lm.data.tokens import TokenStore, tokenize
+from lm.generation import prompt_ids, room
 from lm.manifest import read_manifest
 from lm.nn.language_model import model_specs
 from lm.parallel import check_batch, make_mesh, parameter_shardings
 from lm.training.budget import Budget
+from lm.validation import validate
 
 Say = Callable[[str], None]
 
@@ -44,8 +47,8 @@ class Start:
 
 
 def prepare(config: RunConfig, workdir: Path, say: Say) -> Start:
-    """Checks the config against itself, the run directory, the text and the devices; raises InputError if one objects."""
-    config.validate()
+    """Checks the config against itself, the devices, the run directory and the text. Raises InputError."""
+    validate(config)
     mesh = make_mesh(config.parallel)
     check_batch(config.training.batch_size, config.training.gradient_accumulation, mesh)
     resume_from = _checkpoint_to_continue(config, workdir, say)
@@ -56,6 +59,7 @@ def prepare(config: RunConfig, workdir: Path, say: Say) -> Start:
     config = config.resolve(tokenizer.vocab_size)
     parameter_shardings(mesh, model_specs(config.model))  # raises where an axis of the mesh doesn't divide the model
     provenance = {"data_sha256": training_text.fingerprint, "tokenizer_sha256": tokenizer.sha256}
+    _check_sample(config, tokenizer)
     if resume_from:
         _check_provenance(workdir, read_manifest(resume_from).provenance, provenance)
     store, validation = (tokenize(text, tokenizer) for text in (training_text, validation_text))
@@ -79,6 +83,11 @@ def _checkpoint_to_continue(config: RunConfig, workdir: Path, say: Say) -> Path 
     """The latest checkpoint of the run in `workdir`, None where there is none yet."""
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"{workdir} is a file, not a directory: name another --workdir")
+    there = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise InputError(
+            f"{workdir} can't be written: {there} is no folder that can be written to; name another --workdir"
+        )
     step = checkpoint.latest_step(workdir) if workdir.exists() else None
     if step is None:
         if workdir.exists() and any(workdir.iterdir()) and not (workdir / "config.json").exists():
@@ -109,6 +118,20 @@ def _with_derived(config: RunConfig, saved: RunConfig) -> ModelConfig:
         if getattr(config.model, name) is None
     }
     return dataclasses.replace(config.model, **derived)
+
+
+def _check_sample(config: RunConfig, tokenizer: Tokenizer) -> None:
+    if config.observe.sample_prompt is None:
+        return
+    tokens = len(prompt_ids(tokenizer, config.observe.sample_prompt))
+    left = room(config.model, tokens)
+    if tokens == 0 or (left is not None and left < 1):
+        limit = (
+            "the tokenizer has no BOS or EOS to begin with" if not tokens else f"{config.model.position_rows} positions"
+        )
+        raise InputError(
+            f"observe.sample_prompt has {tokens} tokens, and {limit}: give another prompt, or None for no sample"
+        )
 
 
 def _check_provenance(workdir: Path, saved: Mapping[str, str], now: Mapping[str, str]) -> None:

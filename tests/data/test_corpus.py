@@ -140,7 +140,7 @@ def test_tfds_validates_on_the_datasets_own_split(toy_news):
 def test_tfds_errors_name_what_there_is(toy_news):
     with pytest.raises(InputError, match="several texts, .*title"):
         open_corpus("tfds:toy_news")
-    with pytest.raises(InputError, match="no text feature 'boddy', did you mean 'body'"):
+    with pytest.raises(InputError, match="no text feature 'boddy' .did you mean 'body'"):
         open_corpus("tfds:toy_news#boddy")
     with pytest.raises(InputError, match="no split 'trian', did you mean 'train'"):
         open_corpus("tfds:toy_news#body[trian]")

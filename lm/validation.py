@@ -1,0 +1,112 @@
+"""Checks of a config before anything runs: ranges, and all that fields demand of one another."""
+
+from __future__ import annotations
+
+from lm.config import BUDGETS, DataConfig, InputError, ModelConfig, RunConfig, TrainingConfig, check_types, flat
+
+
+def validate(config: RunConfig) -> RunConfig:
+    """Checks types, ranges and fields against one another; returns the config itself.
+
+    Raises InputError, naming the fields, their values and the way out. What depends on the devices or on the text is
+    checked where those are known, still before anything compiles.
+    """
+    check_types(config)
+    _check_ranges(config)
+    _check_model(config.model, config.data)
+    _check_training(config.training)
+    _check_evaluation(config)
+    _check_tokenizer(config)
+    return config
+
+
+_AT_LEAST_ZERO = {
+    "model.dropout",
+    "training.seed",
+    "optimizer.warmup_steps",
+    "optimizer.final_learning_rate",
+    "optimizer.beta1",
+    "optimizer.beta2",
+    "optimizer.weight_decay",
+    "model.init_std",
+}
+_BELOW_ONE = {"model.dropout", "optimizer.beta1", "optimizer.beta2"}
+
+
+def _check_ranges(config: RunConfig) -> None:
+    for name, value in flat(config).items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if name in _AT_LEAST_ZERO:
+            if not 0 <= value < float("inf"):
+                raise InputError(f"{name} is {value}: it must be 0 or more")
+        elif not 0 < value < float("inf"):
+            raise InputError(f"{name} is {value}: it must be more than 0 and finite")
+        if name in _BELOW_ONE and value >= 1:
+            raise InputError(f"{name} is {value}: it must be less than 1")
+
+
+def _check_model(model: ModelConfig, data: DataConfig) -> None:
+    if model.head_dim is None and model.d_model % model.num_heads:
+        raise InputError(
+            f"model.num_heads {model.num_heads} does not divide model.d_model {model.d_model}: "
+            "change one, or set model.head_dim"
+        )
+    if model.num_heads % model.kv_heads:
+        raise InputError(f"model.num_kv_heads {model.kv_heads} does not divide model.num_heads {model.num_heads}")
+    if model.positions == "rotary" and model.head_width % 2:
+        raise InputError(
+            f"rotary positions turn pairs, but a head is {model.head_width} wide: use an even model.head_dim"
+        )
+    if model.positions == "sinusoidal" and model.d_model % 2:
+        raise InputError(f"sinusoidal positions come in pairs, but model.d_model is {model.d_model}: use an even width")
+    if model.positions == "learned" and model.max_positions is not None and model.max_positions < data.context:
+        raise InputError(
+            f"model.max_positions {model.max_positions} is less than data.context {data.context}: "
+            "every position of a row needs its own"
+        )
+
+
+def _check_training(training: TrainingConfig) -> None:
+    given = [f"{name} {getattr(training, name)}" for name in BUDGETS if getattr(training, name) is not None]
+    if len(given) != 1:
+        raise InputError(
+            "exactly one of training.steps, .tokens, .epochs and .seconds must be set, not "
+            f"{' and '.join(given) or 'none'}: set the others to None"
+        )
+    if training.seed >= 2**32:
+        raise InputError(f"training.seed is {training.seed}: it must be less than 2**32")
+    if training.batch_size % training.gradient_accumulation:
+        raise InputError(
+            f"training.gradient_accumulation {training.gradient_accumulation} does not divide "
+            f"training.batch_size {training.batch_size}"
+        )
+
+
+def _check_evaluation(config: RunConfig) -> None:
+    window = config.evaluation.window or config.data.context
+    stride = config.evaluation.stride or window
+    if stride > window:
+        raise InputError(
+            f"evaluation.stride {stride} is more than evaluation.window {window}: "
+            "tokens between windows would not be scored"
+        )
+    rows = config.model.max_positions or config.data.context
+    if config.model.positions == "learned" and window > rows:
+        raise InputError(
+            f"evaluation.window {window} is more than the model's {rows} learned positions: use at most {rows}"
+        )
+
+
+def _check_tokenizer(config: RunConfig) -> None:
+    tokenizer = config.tokenizer
+    if (tokenizer.kind == "file") != (tokenizer.path is not None):
+        raise InputError(
+            f"tokenizer.kind is {tokenizer.kind!r} and tokenizer.path is {tokenizer.path!r}: "
+            "kind 'file' needs a path, and only it has one"
+        )
+    if tokenizer.kind == "bpe" and tokenizer.vocab_size < 258:
+        raise InputError(
+            f"tokenizer.vocab_size is {tokenizer.vocab_size}: "
+            "a byte-level BPE needs at least 258 (256 bytes, BOS and EOS)"
+        )
