@@ -241,7 +241,7 @@ def _final_evaluation(run: Loaded, start: Start, workdir: Path, say: Callable[[s
     with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, KeyError):
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["model"]["params_sha256"] == params_sha256 and found["protocol"] == evaluator.protocol:
-            say(f"complete   {workdir} has used up its budget; to go on, raise the budget in training.*")
+            say(f"complete   {workdir} has used up its budget; a run by --training.steps goes on with more of them")
             return found
     yardsticks = compression.bits_per_byte(document.text for document in start.validation_text)
     result = _score(run, evaluator, mesh).to_dict()

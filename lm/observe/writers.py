@@ -133,7 +133,8 @@ class ConsoleWriter:
     def _averaged(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
         """The record with the speed since the line before, where there is one: a single step's speed jumps about."""
         before = self._printed
-        if before is None or not {"tokens", "seconds"} <= record.keys() or record["seconds"] <= before["seconds"]:
+        needed = {"tokens", "seconds", "train/tokens_per_second"}
+        if before is None or not needed <= record.keys() or record["seconds"] <= before["seconds"]:
             return record
         speed = (record["tokens"] - before["tokens"]) / (record["seconds"] - before["seconds"])
         return {**record, "train/tokens_per_second": speed}
