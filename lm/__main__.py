@@ -21,8 +21,8 @@ class Generate:
     """A run directory, or one checkpoint inside it."""
     prompt: str = ""
     """Text to continue."""
-    max_tokens: int = 128
-    """New tokens at most."""
+    max_tokens: int | None = None
+    """New tokens at most. None: 128, or what learned positions leave room for."""
     temperature: float = 0.8
     """0 is greedy."""
     top_k: int | None = None

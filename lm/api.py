@@ -170,13 +170,16 @@ def generate(
     run: Loaded,
     prompts: Sequence[str],
     *,
-    max_tokens: int = 128,
+    max_tokens: int | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """The continuations of the prompts, without them; temperature 0 is greedy. See `lm.generation.generate`."""
+    """The continuations of the prompts, without them, each up to EOS or `max_tokens` tokens; temperature 0 is greedy.
+
+    max_tokens None: 128, or what learned positions leave room for. See `lm.generation` for the rest.
+    """
     return generation.generate(
         run.params,
         run.config.model,
@@ -262,9 +265,10 @@ def _conclude(run: Loaded, result: dict[str, Any], workdir: Path, say: Callable[
         prompt = run.config.observe.sample_prompt
         if prompt is not None:
             left = generation.room(run.config.model, len(generation.prompt_ids(_tokenizer(run), prompt)))
-            tokens = min(run.config.observe.sample_tokens, math.inf if left is None else left)
+            tokens = run.config.observe.sample_tokens if left is None else min(run.config.observe.sample_tokens, left)
             say(f"sample     {prompt!r} goes on, at temperature 0.8:")
-            say(prompt + generate(run, [prompt], max_tokens=int(tokens), temperature=0.8)[0])
+            say(prompt + generate(run, [prompt], max_tokens=tokens, temperature=0.8)[0])
     say(f"saved      {run.path}")
     place = shlex.quote(str(workdir))
-    say(f"next       python eval.py {place}   or   python -m lm generate {place} --prompt {shlex.quote('import ')}")
+    prompt = shlex.quote(run.config.observe.sample_prompt or "The ")
+    say(f"next       python eval.py {place}   or   python -m lm generate {place} --prompt {prompt}")

@@ -41,8 +41,8 @@ def parse(kind: type[Arguments], arguments: Sequence[str], *, prog: str, default
 
 @dataclasses.dataclass(frozen=True)
 class TrainArguments:
-    """Trains a language model. PRESET comes first: the name of one, or the path of a .py file with get_config(); tiny
-    without one. A run directory that holds a run continues it."""
+    """Trains a language model. PRESET comes first: the name of a file in configs/, or the path of a .py file with a
+    get_config(); without one it is tiny. Fields that are not given are the preset's."""
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     workdir: str | None = None

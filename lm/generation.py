@@ -21,6 +21,7 @@ from lm.nn.cache import KeyValueCache
 from lm.nn.matmul import numerics
 
 Array = jax.Array
+USUAL_TOKENS = 128
 
 
 class Sampling(NamedTuple):
@@ -47,16 +48,21 @@ def generate(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,
-    max_tokens: int,
+    max_tokens: int | None,
     sampling: Sampling,
     seed: int,
 ) -> list[str]:
     """The continuations of the prompts, without them, each up to EOS or `max_tokens` tokens.
 
+    max_tokens None is USUAL_TOKENS, or what learned positions leave room for.
+
     A prompt follows the tokenizer's BOS (else its EOS). A row's tokens depend on its prompt, its index and the seed,
     not on the other prompts.
     """
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    if max_tokens is None:
+        left = room(cfg, max(map(len, rows), default=0))
+        max_tokens = USUAL_TOKENS if left is None else max(min(USUAL_TOKENS, left), 1)
     ids = generate_ids(params, cfg, rows, max_tokens=max_tokens, sampling=sampling, seed=seed, end_id=tokenizer.eos)
     return [tokenizer.decode(row) for row in ids]
 

@@ -136,5 +136,6 @@ def test_past_the_learned_positions_is_refused_with_what_fits(cfg):
     with pytest.raises(InputError, match="16 learned positions: use max_tokens 3 or fewer"):
         run(tree, cfg, PROMPTS)
     assert len(run(tree, cfg, PROMPTS, max_tokens=3)[2]) == 3
+    assert len(generate(tree, cfg, ByteTokenizer(), ["ab"], max_tokens=None, sampling=GREEDY, seed=0)[0]) > 0
     with pytest.raises(InputError, match="shorten the prompt"):
         run(tree, cfg, [np.zeros(17, np.int32)], max_tokens=1)

@@ -57,7 +57,7 @@ def run(start: Start, workdir: Path, *, write: Callable[[dict[str, Any]], None],
     ) as checkpoints:
 
         def save(step: int, state: TrainState, seconds: float, scores: Scores | None) -> None:
-            rest = {"step": state.step, "seconds": np.float32(seconds)}
+            rest = {"step": state.step, "seconds": np.float64(seconds)}
             items = {"params": state.params, "opt_state": state.opt_state, "rest": rest}
             checkpoints.save(step, items, None if scores is None else loop.summary(scores))
 
@@ -97,8 +97,7 @@ def _initial_state(start: Start, optimizer: optax.GradientTransformation, mesh: 
     if start.resume_from is None:
         return create_state(start.config, optimizer, mesh), 0.0
     target = abstract_state(start.config, optimizer, mesh)
-    seconds = jax.ShapeDtypeStruct((), np.float32, sharding=target.step.sharding)
-    rest = {"step": target.step, "seconds": seconds}
+    rest = {"step": target.step, "seconds": jax.ShapeDtypeStruct((), np.float64)}
     items = {"params": target.params, "opt_state": target.opt_state, "rest": rest}
     found = checkpoint.restore(start.resume_from, items)
     state = TrainState(found["rest"]["step"], found["params"], found["opt_state"])
