@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,6 +11,7 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from lm import cli
 from lm.config import InputError
@@ -40,10 +42,8 @@ class Arguments:
 def evaluate(argv: Sequence[str]) -> None:
     arguments = cli.parse(Arguments, argv, prog="eval.py")
     target = None if arguments.json is None else Path(arguments.json)
-    if target is not None and (target.is_dir() or not target.absolute().parent.is_dir()):
-        raise InputError(
-            f"--json {target}: its folder {target.absolute().parent} must exist, and it must be a file there"
-        )
+    if target is not None and (target.is_dir() or not os.access(target.absolute().parent, os.W_OK)):
+        raise InputError(f"--json {target}: name a file, in a folder that is there and can be written to")
     from lm import api  # here, so that Ctrl-C ends the command cleanly while JAX is loading
 
     run = api.load(arguments.model, step=arguments.step, dtype=arguments.compute_dtype)
@@ -78,7 +78,7 @@ def _show(result: dict[str, Any]) -> None:
         return
     table = Table(show_header=False)
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, Text(value))  # as it stands: [validation] is no markup
     console.print(table)
 
 

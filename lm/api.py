@@ -10,6 +10,7 @@ import json
 import math
 import shlex
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,18 @@ from rich.console import Console
 from lm import checkpoint, generation
 from lm.checkpoint import Loaded
 from lm.config import EvaluationConfig, InputError, ParallelConfig, RunConfig, nearest
-from lm.data.corpus import open_corpus, open_splits
+from lm.data.corpus import Corpus, open_corpus, open_splits
 from lm.data.tokenizer import Tokenizer
 from lm.data.tokens import tokenize
 from lm.evaluation import compression
 from lm.evaluation.perplexity import Evaluator, Scores
 from lm.generation import Sampling
-from lm.manifest import fingerprint, read_manifest, write_atomically
+from lm.manifest import add_metrics, fingerprint, read_manifest, write_atomically
 from lm.nn.language_model import model_specs
 from lm.observe.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, WandbWriter, Writer
 from lm.parallel import make_mesh, parameter_shardings
 from lm.run_directory import locked
+from lm.training.loop import summary
 from lm.training.run import evaluator as make_evaluator
 from lm.training.run import run as run_training
 from lm.training.signals import StopRequest
@@ -56,11 +58,12 @@ def preset(name: str) -> RunConfig:
     spec = importlib.util.spec_from_file_location(f"lm_preset_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
+        config = module.get_config() if hasattr(module, "get_config") else None
     except Exception as error:  # whatever the user's own code raises
         raise InputError(f"{path} can't be loaded: {type(error).__name__}: {error}") from error
-    config = module.get_config() if hasattr(module, "get_config") else None
     if not isinstance(config, RunConfig):
         raise InputError(f"{path} is not a preset: it needs a function get_config() that returns an lm RunConfig")
     return config
@@ -89,12 +92,15 @@ def train(config: RunConfig, workdir: str | Path) -> Loaded:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     with contextlib.ExitStack() as held:
-        if workdir.is_dir():
+        there = workdir.is_dir()
+        if there:
             held.enter_context(locked(workdir))
         start = prepare(config, workdir, say)
-        if not workdir.is_dir():
-            workdir.mkdir(parents=True)
+        if not there:
+            workdir.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(workdir))
+            if any(workdir.iterdir()):  # another process began one, and ended, while this one read the text
+                raise InputError(f"another process has begun a run in {workdir}: give the command again to continue it")
         writers = _Writers(start, workdir, console)
         with StopRequest() as stop:
             try:
@@ -213,21 +219,30 @@ class _Writers:
 
 def _open_writers(start: Start, workdir: Path, console: Console) -> list[Writer]:
     cfg, resume_step = start.config, start.step if start.resume_from else None
-    writers: list[Writer] = [
-        JsonlWriter(workdir / METRICS, resume_step),
-        ConsoleWriter(start.budget.steps, start.budget.seconds, console=console),
-    ]
+    writers: list[Writer] = [ConsoleWriter(start.budget.steps, start.budget.seconds, console=console)]
     if cfg.observe.tensorboard:
         writers.append(TensorBoardWriter(workdir / "tensorboard", resume_step))
     if cfg.observe.wandb_project:
         writers.append(WandbWriter(cfg.observe.wandb_project, workdir, dataclasses.asdict(cfg)))
-    return writers
+    return [*writers, JsonlWriter(workdir / METRICS, resume_step)]
 
 
 def _tokenizer(run: Loaded) -> Tokenizer:
     if run.tokenizer is None:
         raise InputError(f"{run.path} has no tokenizer, so text can't be read or written: put its tokenizer.json there")
     return run.tokenizer
+
+
+def _validation_text(run: Loaded) -> Corpus:
+    """The text that the run was validated on; raises InputError where its source gives another text by now."""
+    data, saved = run.config.data, read_manifest(run.path).provenance
+    text = open_splits(data.train, data.validation, document_separator=data.document_separator)[1]
+    if text.fingerprint != saved["validation_sha256"]:
+        raise InputError(
+            f"the validation text of {run.path} is not what it was when the run was trained (sha256 "
+            f"{text.fingerprint[:12]} now, {saved['validation_sha256'][:12]} then): name a text with --data"
+        )
+    return text
 
 
 def _score(run: Loaded, evaluator: Evaluator, mesh: Mesh, progress: Callable[[int, int], None] | None = None) -> Scores:
@@ -238,7 +253,7 @@ def _score(run: Loaded, evaluator: Evaluator, mesh: Mesh, progress: Callable[[in
 
 def _final_evaluation(run: Loaded, start: Start, workdir: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Scores the whole validation text and keeps the result in the run; of a complete run it is there already."""
-    path, mesh = workdir / EVALUATION, make_mesh(ParallelConfig())
+    path, mesh = workdir / EVALUATION, make_mesh(start.config.parallel)
     evaluator = make_evaluator(start, mesh, in_loop=False)
     params_sha256 = fingerprint(read_manifest(run.path), "params")
     with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, KeyError):
@@ -247,10 +262,13 @@ def _final_evaluation(run: Loaded, start: Start, workdir: Path, say: Callable[[s
             say(f"complete   {workdir} has used up its budget; a run by --training.steps goes on with more of them")
             return found
     yardsticks = compression.bits_per_byte(document.text for document in start.validation_text)
-    result = _score(run, evaluator, mesh).to_dict()
+    scores = _score(run, evaluator, mesh)
+    result = scores.to_dict()
     result["model"]["params_sha256"] = params_sha256
     result["compressors_bits_per_byte"] = yardsticks
     write_atomically(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    if start.config.evaluation.every_steps is None:  # the only evaluation there is: then it says which step is best
+        add_metrics(run.path, summary(scores))
     return result
 
 

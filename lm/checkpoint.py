@@ -1,4 +1,4 @@
-"""The run directory: checkpoints that describe themselves, written in the background, opened on any machine.
+"""Checkpoints that describe themselves, written in the background, opened on any machine.
 
     RUN/config.json, RUN/tokenizer.json
     RUN/checkpoints/STEP/{params/, opt_state/, rest/, config.json, tokenizer.json, manifest.json}

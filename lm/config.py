@@ -76,7 +76,7 @@ class ModelConfig:
     vocab_multiple: int = 64
     """Vocabulary tables are padded up to a multiple of this; padded logits are -inf."""
     compute_dtype: Literal["float32", "bfloat16", "tensorfloat32"] = "float32"
-    """Operands of matrix products. Sums, parameters, norms, softmax and loss stay in float32."""
+    """Activations and operands of matrix products. Sums, parameters, norms, softmax and loss stay in float32."""
     scan_layers: bool = False
     """Run the stack by lax.scan (constant compile time) instead of unrolled (faster on CPU)."""
     remat: bool = False
@@ -214,7 +214,7 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
-    """Sizes of the mesh axes. Their product is the number of devices."""
+    """Sizes of the mesh axes. Their product is the number of devices used, the first ones."""
 
     data: int | None = None
     """Replicas, each with its part of the batch. None: all devices that the other axes leave."""

@@ -22,6 +22,7 @@ from lm.nn.matmul import numerics
 
 Array = jax.Array
 USUAL_TOKENS = 128
+"""How long a continuation is when nothing says it."""
 
 
 class Sampling(NamedTuple):
@@ -54,10 +55,8 @@ def generate(
 ) -> list[str]:
     """The continuations of the prompts, without them, each up to EOS or `max_tokens` tokens.
 
-    max_tokens None is USUAL_TOKENS, or what learned positions leave room for.
-
-    A prompt follows the tokenizer's BOS (else its EOS). A row's tokens depend on its prompt, its index and the seed,
-    not on the other prompts.
+    max_tokens None is USUAL_TOKENS, or what learned positions leave room for. A prompt follows the tokenizer's BOS
+    (else its EOS). A row's tokens depend on its prompt, its index and the seed, not on the other prompts.
     """
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     if max_tokens is None:
@@ -148,7 +147,7 @@ def _decode(
     B, P = tokens_BP.shape
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
     dtype = numerics(cfg.compute_dtype).dtype
-    cache = KeyValueCache.empty(cfg.num_layers, B, P + max_tokens, cfg.kv_heads, cfg.head_width, dtype)
+    cache = KeyValueCache.empty(cfg.num_layers, B, P + max_tokens - 1, cfg.kv_heads, cfg.head_width, dtype)
 
     def feed(tokens_BT: Array, segments_BT: Array, positions_BT: Array, cache: KeyValueCache) -> tuple:
         x_BTD, cache = language_model.forward_cached(
@@ -162,26 +161,27 @@ def _decode(
 
     lengths_B = jnp.sum(segments_BP, axis=1)
     positions_BP = jnp.maximum(jnp.arange(P)[None, :] - (P - lengths_B)[:, None], 0)
-    logits_BV, cache = feed(tokens_BP, segments_BP, positions_BP, cache)
     fill = 0 if end_id is None else end_id
-    new_BM = jnp.full((B, max_tokens), fill, jnp.int32)
+
+    def ended(token_B: Array) -> Array:
+        return jnp.zeros((B,), bool) if end_id is None else token_B == end_id
 
     def unfinished(carry: tuple) -> Array:
         index, ended_B, *_ = carry
         return (index < max_tokens) & ~jnp.all(ended_B)
 
     def turn(carry: tuple) -> tuple:
-        index, ended_B, new_BM, logits_BV, cache = carry
+        index, ended_B, new_BM, token_B, cache = carry
+        positions_B1 = (lengths_B + index - 1)[:, None]
+        logits_BV, cache = feed(token_B[:, None], jnp.ones((B, 1), jnp.int32), positions_B1, cache)
         token_B = jnp.where(ended_B, fill, choose(logits_BV, index))
-        if end_id is not None:
-            ended_B = ended_B | (token_B == end_id)
         new_BM = jax.lax.dynamic_update_slice(new_BM, token_B[:, None], (0, index))
-        segments_B1 = jnp.ones((B, 1), jnp.int32)
-        logits_BV, cache = feed(token_B[:, None], segments_B1, (lengths_B + index)[:, None], cache)
-        return index + 1, ended_B, new_BM, logits_BV, cache
+        return index + 1, ended_B | ended(token_B), new_BM, token_B, cache
 
-    carry = (jnp.int32(0), jnp.zeros((B,), bool), new_BM, logits_BV, cache)
-    return jax.lax.while_loop(unfinished, turn, carry)[2]
+    logits_BV, cache = feed(tokens_BP, segments_BP, positions_BP, cache)
+    token_B = choose(logits_BV, jnp.int32(0))
+    new_BM = jnp.full((B, max_tokens), fill, jnp.int32).at[:, 0].set(token_B)
+    return jax.lax.while_loop(unfinished, turn, (jnp.int32(1), ended(token_B), new_BM, token_B, cache))[2]
 
 
 def pick(logits_BV: Array, keys_B: Array, temperature: Array, sampling: Sampling) -> Array:

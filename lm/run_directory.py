@@ -23,7 +23,7 @@ def locked(run: str | Path) -> Iterator[None]:
     """Keeps other processes on this machine from training in a run directory, which must exist, at the same time.
 
     The lock is the system's, on the folder itself: it ends with the process, however that ends. None where the system
-    has no such locks (Windows).
+    or the file system has no such locks.
     """
     try:
         import fcntl
@@ -34,9 +34,10 @@ def locked(run: str | Path) -> Iterator[None]:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise InputError(
-            f"another process is training in {run}: wait until it ends, or name another --workdir"
-        ) from error
+        os.close(handle)
+        raise InputError(f"another process is training in {run}: wait for it, or name another --workdir") from error
+    except OSError:
+        pass
     try:
         yield
     finally:

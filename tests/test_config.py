@@ -130,3 +130,7 @@ def test_unknown_preset_gets_the_nearest_name(tmp_path):
     own.write_text("x = 1\n")
     with pytest.raises(InputError, match="get_config"):
         lm.preset(str(own))
+    for broken in ("import nothing_of_this_name\n", "def get_config():\n    return undefined\n", "def f(:\n"):
+        own.write_text(broken)
+        with pytest.raises(InputError, match="can't be loaded"):
+            lm.preset(str(own))

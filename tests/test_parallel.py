@@ -8,10 +8,12 @@ import jax
 import numpy as np
 import pytest
 
+import lm
 from lm.config import InputError, ParallelConfig
 from lm.nn import params
 from lm.nn.language_model import model_specs
 from lm.parallel import RULES, check_batch, make_mesh, parameter_shardings, sharding
+from lm.validation import validate
 
 from .training.ten_steps import losses, run_config
 
@@ -56,6 +58,20 @@ def test_every_axis_of_every_parameter_has_a_rule(model):
     assert names <= set(RULES)
     tree = parameter_shardings(make_mesh(ParallelConfig()), specs)
     assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    ("name", "parallel", "training"),
+    [("gpt2_124m", {"fsdp": 8}, {"gradient_accumulation": 5}), ("llama_1b", {"fsdp": 8}, {}), ("tiny", {}, {})],
+)
+def test_the_documented_commands_fit_eight_devices(name, parallel, training):
+    """As README and preset docstrings have them; nothing is allocated."""
+    cfg = lm.preset(name)
+    training = dataclasses.replace(cfg.training, **training)
+    cfg = validate(dataclasses.replace(cfg, parallel=ParallelConfig(**parallel), training=training))
+    mesh = make_mesh(cfg.parallel)
+    check_batch(cfg.training.batch_size, cfg.training.gradient_accumulation, mesh)
+    parameter_shardings(mesh, model_specs(cfg.resolve(cfg.tokenizer.vocab_size).model))
 
 
 MESHES = {

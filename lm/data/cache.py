@@ -1,4 +1,4 @@
-"""Where things that can be made again are kept: built datasets, trained tokenizers, token stores, compiled programs."""
+"""Where things that can be made again are kept: built datasets, trained tokenizers and token stores."""
 
 from __future__ import annotations
 

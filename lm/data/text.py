@@ -50,6 +50,8 @@ def read(path: Path) -> str:
             data = path.read_bytes()
     except (gzip.BadGzipFile, lzma.LZMAError, EOFError, ZlibError) as error:
         raise InputError(f"{path} is damaged or not what its suffix says ({error}): fetch it again") from error
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error.strerror}") from error
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -174,6 +174,8 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
         content = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not a {FILE_NAME}: not UTF-8 at byte {error.start}") from error
+    except OSError as error:
+        raise InputError(f"{file} can't be read: {error.strerror}") from error
     if content == _byte_file():
         return ByteTokenizer()
     try:
@@ -187,7 +189,7 @@ def build(config: TokenizerConfig, corpus: Corpus) -> Tokenizer:
     if config.kind == "bytes":
         return ByteTokenizer()
     if config.kind == "file":
-        assert config.path is not None, "checked by RunConfig.validate"
+        assert config.path is not None, "checked by lm.validation"
         return load(config.path)
     recipe = json.dumps([corpus.fingerprint, config.vocab_size, tokenizers.__version__, PIECES])
     folder = cache.directory("tokenizers", hashlib.sha256(recipe.encode()).hexdigest()[:32])

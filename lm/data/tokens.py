@@ -117,11 +117,13 @@ def _write(
 def _batches(corpus: Corpus) -> Iterator[list[str]]:
     """The texts in order, about `BATCH_CHARACTERS` at a time."""
     texts: list[str] = []
+    size = 0
     for document in corpus:
         texts.append(document.text)
-        if sum(map(len, texts)) >= BATCH_CHARACTERS:
+        size += len(document.text)
+        if size >= BATCH_CHARACTERS:
             yield texts
-            texts = []
+            texts, size = [], 0
     if texts:
         yield texts
 

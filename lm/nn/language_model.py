@@ -55,8 +55,16 @@ def apply(
     dropout_keys_B: Array | None = None,
     constrain: Constrain = unconstrained,
 ) -> Array:
-    """logits_BTV, float32: `forward` and the head. Rows without segments are one piece each, counted from 0."""
+    """logits_BTV, float32: `forward` and the head. Rows without segments are one piece each, counted from 0.
+
+    Raises ValueError for rows without positions that are longer than the learned table.
+    """
     if positions_BT is None:
+        if cfg.positions == "learned" and tokens_BT.shape[1] > cfg.position_rows:
+            raise ValueError(
+                f"rows of {tokens_BT.shape[1]} tokens are more than the model's {cfg.position_rows} learned positions: "
+                "cut them"
+            )
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     x_BTD = forward(
         params, tokens_BT, segments_BT, positions_BT, cfg=cfg, dropout_keys_B=dropout_keys_B, constrain=constrain

@@ -44,7 +44,7 @@ def map_specs(function: Callable[[ParamSpec], Any], specs: Specs) -> Any:
 
 
 def initialize(specs: Specs, key: Array) -> dict[str, Any]:
-    """Float32 parameters. Each is drawn with its own key, folded from its path, so adding one changes no other."""
+    """Float32 parameters. Each is drawn with its own key, folded from its path, not from its place among the others."""
 
     def draw(path: tuple[Any, ...], spec: ParamSpec) -> Array:
         return spec.init(jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode())), spec.shape)

@@ -168,9 +168,7 @@ class TensorBoardWriter:
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
-            raise InputError(
-                "observe.tensorboard needs tensorboardX: pip install 'lm[tensorboard]', or set it to False"
-            ) from error
+            raise InputError("TensorBoard events need the package tensorboardX: pip install tensorboardX") from error
         self._first = first = 0 if resume_step is None else resume_step + 1
         # the suffix keeps two starts within one second apart: tensorboardX names files by the second
         self._events = SummaryWriter(str(directory), purge_step=first, filename_suffix=f".{first}", flush_secs=5)
@@ -196,7 +194,7 @@ class WandbWriter:
         try:
             import wandb
         except ImportError as error:
-            raise InputError("observe.wandb_project needs wandb: pip install 'lm[wandb]', or set it to None") from error
+            raise InputError("Weights & Biases needs the package wandb: pip install wandb") from error
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         kept = directory / "wandb_id"

@@ -44,7 +44,7 @@ def train(
     state: TrainState,
     step: int,
     seconds: float,
-    best: float | None,
+    best: float,
     *,
     cfg: RunConfig,
     budget: Budget,
@@ -57,7 +57,7 @@ def train(
 
     Args:
       state: after `step` updates and `seconds` of training.
-      best: lowest nats a token of any evaluation so far; a lower one is saved.
+      best: lowest nats a token of any evaluation so far, infinity for none; a lower one is saved.
       peak_flops: of all devices together, FLOP/s; None where it is not known.
 
     Returns:
@@ -66,6 +66,7 @@ def train(
     clock = Clock(seconds)
     log = _Log(cfg, hands.write, flops_per_token, peak_flops)
     saved: int | None = step if step else None
+    scores: Scores | None = None
     while not budget.done(step, clock.seconds()) and stop.signal is None:
         progress = np.float32(budget.progress(step, clock.seconds()))
         state, sums = hands.step(state, next(hands.batches), progress)
@@ -76,7 +77,7 @@ def train(
             log.flush(clock)
             scores = hands.evaluate(state.params)
             hands.write({"step": step, **summary(scores)})
-        better = scores is not None and (best is None or scores.nats_per_token < best)
+        better = scores is not None and scores.nats_per_token < best  # never where it is NaN
         if scores is not None and better:
             best = scores.nats_per_token
         if better or _due(step, cfg.checkpoint.every_steps):
@@ -88,7 +89,7 @@ def train(
     log.flush(clock)
     jax.block_until_ready(state)
     if saved != step:
-        hands.save(step, state, clock.seconds(), None)
+        hands.save(step, state, clock.seconds(), scores)
     return state, step, clock.seconds()
 
 

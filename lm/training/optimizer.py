@@ -19,9 +19,10 @@ def make_optimizer(cfg: OptimizerConfig, specs: Specs) -> optax.GradientTransfor
 
     `apply_updates` brings the learning rate in, which depends on the budget as well as on the step.
     """
+    rules = {"adamw": lambda: optax.scale_by_adam(b1=cfg.beta1, b2=cfg.beta2, eps=cfg.epsilon)}
     return optax.chain(
         optax.identity() if cfg.clip_norm is None else optax.clip_by_global_norm(cfg.clip_norm),
-        optax.scale_by_adam(b1=cfg.beta1, b2=cfg.beta2, eps=cfg.epsilon),
+        rules[cfg.name](),
         optax.add_decayed_weights(cfg.weight_decay, mask=decay_mask(specs)),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,7 @@ from lm.evaluation.perplexity import Evaluator, Scores
 from lm.manifest import read_manifest
 from lm.nn.language_model import model_specs
 from lm.parallel import constrainer, make_mesh, put_rows
+from lm.run_directory import BEST
 from lm.training import loop
 from lm.training.flops import flops_per_token, peak_flops
 from lm.training.optimizer import make_optimizer
@@ -47,7 +49,6 @@ def run(start: Start, workdir: Path, *, write: Callable[[dict[str, Any]], None],
         return
     say(f"resuming from step {step}" if start.resume_from else f"starting   a new run in {workdir}")
     run_step = _compile(start, optimizer, mesh, say)
-    write({"start": _describe(start, mesh)})
     with CheckpointWriter(
         workdir,
         config=cfg,
@@ -55,6 +56,7 @@ def run(start: Start, workdir: Path, *, write: Callable[[dict[str, Any]], None],
         provenance=start.provenance,
         keep=cfg.checkpoint.keep,
     ) as checkpoints:
+        write({"start": _describe(start, mesh)})  # after the config is there: what has metrics is a run
 
         def save(step: int, state: TrainState, seconds: float, scores: Scores | None) -> None:
             rest = {"step": state.step, "seconds": np.float64(seconds)}
@@ -121,15 +123,15 @@ def _batches(start: Start, step: int, mesh: Mesh) -> Iterator[Batch]:
         yield put_rows(mesh, batch)
 
 
-def _best_nats(workdir: Path) -> float | None:
+def _best_nats(workdir: Path) -> float:
     best = checkpoint.best_step(workdir)
     if best is None:
-        return None
-    return read_manifest(checkpoint.locate(workdir, best)).metrics["eval/nats_per_token"]
+        return math.inf
+    return read_manifest(checkpoint.locate(workdir, best)).metrics[BEST]
 
 
 def _describe(start: Start, mesh: Mesh) -> Mapping[str, Any]:
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
     return {
         "versions": {
             "lm": metadata.version("lm"),

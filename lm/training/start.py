@@ -6,6 +6,7 @@ Everything a user can get wrong is found out here, and nothing in the run direct
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from lm.generation import prompt_ids, room
 from lm.manifest import read_manifest
 from lm.nn.language_model import model_specs
 from lm.parallel import check_batch, make_mesh, parameter_shardings
+from lm.run_directory import CONFIG
 from lm.training.budget import Budget
 from lm.validation import validate
 
@@ -49,6 +51,7 @@ class Start:
 def prepare(config: RunConfig, workdir: Path, say: Say) -> Start:
     """Checks the config against itself, the devices, the run directory and the text. Raises InputError."""
     validate(config)
+    _check_extras(config)
     mesh = make_mesh(config.parallel)
     check_batch(config.training.batch_size, config.training.gradient_accumulation, mesh)
     resume_from = _checkpoint_to_continue(config, workdir, say)
@@ -58,7 +61,11 @@ def prepare(config: RunConfig, workdir: Path, say: Say) -> Start:
     tokenizer = tokenizers.load(resume_from) if resume_from else tokenizers.build(config.tokenizer, training_text)
     config = config.resolve(tokenizer.vocab_size)
     parameter_shardings(mesh, model_specs(config.model))  # raises where an axis of the mesh doesn't divide the model
-    provenance = {"data_sha256": training_text.fingerprint, "tokenizer_sha256": tokenizer.sha256}
+    provenance = {
+        "data_sha256": training_text.fingerprint,
+        "validation_sha256": validation_text.fingerprint,
+        "tokenizer_sha256": tokenizer.sha256,
+    }
     _check_sample(config, tokenizer)
     if resume_from:
         _check_provenance(workdir, read_manifest(resume_from).provenance, provenance)
@@ -90,7 +97,7 @@ def _checkpoint_to_continue(config: RunConfig, workdir: Path, say: Say) -> Path 
         )
     step = checkpoint.latest_step(workdir) if workdir.exists() else None
     if step is None:
-        if workdir.exists() and any(workdir.iterdir()) and not (workdir / "config.json").exists():
+        if workdir.exists() and any(workdir.iterdir()) and not (workdir / CONFIG).exists():
             raise InputError(f"{workdir} holds other files and no run: name an empty or new --workdir")
         return None
     found = checkpoint.locate(workdir, step)
@@ -120,6 +127,16 @@ def _with_derived(config: RunConfig, saved: RunConfig) -> ModelConfig:
     return dataclasses.replace(config.model, **derived)
 
 
+def _check_extras(config: RunConfig) -> None:
+    wanted = {
+        "tensorboardX": ("observe.tensorboard", config.observe.tensorboard, "False"),
+        "wandb": ("observe.wandb_project", config.observe.wandb_project is not None, "None"),
+    }
+    for package, (name, on, off) in wanted.items():
+        if on and importlib.util.find_spec(package) is None:
+            raise InputError(f"{name} needs the package {package}: pip install {package}, or set it to {off}")
+
+
 def _check_sample(config: RunConfig, tokenizer: Tokenizer) -> None:
     if config.observe.sample_prompt is None:
         return
@@ -135,7 +152,8 @@ def _check_sample(config: RunConfig, tokenizer: Tokenizer) -> None:
 
 
 def _check_provenance(workdir: Path, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
-    for name, what in (("data_sha256", "training text"), ("tokenizer_sha256", "tokenizer")):
+    kinds = {"data_sha256": "training text", "validation_sha256": "validation text", "tokenizer_sha256": "tokenizer"}
+    for name, what in kinds.items():
         if saved.get(name) != now[name]:
             raise InputError(
                 f"the {what} is not the one that the run in {workdir} began with (sha256 {now[name][:12]} now, "

@@ -45,3 +45,10 @@ def finished(long_run, tmp_path_factory) -> Run:
     workdir = tmp_path_factory.mktemp("finished") / "run"
     arguments = long_run(workdir)
     return Run(workdir, arguments, commands.succeed(arguments))
+
+
+def pytest_collection_modifyitems(items):
+    """Whole processes: `-m "not slow"` leaves them out."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slow)

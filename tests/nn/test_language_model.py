@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,12 @@ POSITIONS = jnp.array([[*range(5), *range(4), *range(3)], [*range(2), *range(7),
 def weights_of(cfg, seed=0):
     """Random parameters, none at its initial 0 or 1."""
     tree = params.initialize(language_model.model_specs(cfg), jax.random.key(seed))
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noisy = [leaf + 0.05 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(structure, noisy)
+
+    def noisy(path, leaf):  # with a key from its path: another leaf beside it changes nothing
+        key = jax.random.fold_in(jax.random.key(seed + 1), zlib.crc32(jax.tree_util.keystr(path).encode()))
+        return leaf + 0.05 * jax.random.normal(key, leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(noisy, tree)
 
 
 def tokens(seed=2, shape=(B, T)):
