@@ -142,7 +142,7 @@ def test_tfds_errors_name_what_there_is(toy_news):
         open_corpus("tfds:toy_news")
     with pytest.raises(InputError, match="no text feature 'boddy' .did you mean 'body'"):
         open_corpus("tfds:toy_news#boddy")
-    with pytest.raises(InputError, match="no split 'trian', did you mean 'train'"):
+    with pytest.raises(InputError, match="no split 'trian' .did you mean 'train'"):
         open_corpus("tfds:toy_news#body[trian]")
     with pytest.raises(InputError, match="did you mean 'tiny_shakespeare'"):
         open_corpus("tfds:tiny_shakespear")

@@ -31,6 +31,7 @@ TINY: Mapping[str, Any] = {
     "data.context": 32,
     "training.batch_size": 8,
     "training.gradient_accumulation": 2,
+    "optimizer.learning_rate": 3e-3,
     "optimizer.warmup_steps": 10,
     "evaluation.every_steps": None,
     "evaluation.max_tokens": None,

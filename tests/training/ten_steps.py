@@ -28,7 +28,7 @@ def run_config(name: str, *, gradient_accumulation: int = 1, **model) -> RunConf
         model=dataclasses.replace(SHAPES[name], **model),
         data=DataConfig(context=CONTEXT),
         training=TrainingConfig(steps=10, batch_size=ROWS, gradient_accumulation=gradient_accumulation, seed=3),
-        optimizer=OptimizerConfig(learning_rate=2e-2, warmup_steps=2),
+        optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=2),
     ).resolve(VOCABULARY)
 
 
