@@ -66,7 +66,8 @@ def start(arguments: Sequence[str], *, devices: int = 1, **environment: str) -> 
     What one process has compiled the next finds in a cache, which halves the time of the tests; JAX's own variables in
     `environment` can turn that off.
     """
-    inherited = {name: value for name, value in os.environ.items() if name != "JAX_NUMPY_RANK_PROMOTION"}
+    strict = ("JAX_NUMPY_RANK_PROMOTION", "XLA_FLAGS")  # set for the tests in this process alone
+    inherited = {name: value for name, value in os.environ.items() if name not in strict}
     settings = {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
