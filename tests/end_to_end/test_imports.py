@@ -1,4 +1,4 @@
-"""TensorFlow and torch are never needed: a whole session of training, evaluating and generating imports neither."""
+"""TensorFlow and torch are never needed: a whole course of training, evaluating and generating imports neither."""
 
 from __future__ import annotations
 

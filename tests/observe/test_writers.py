@@ -180,7 +180,7 @@ def events(path):
 
 
 def test_tensorboard_hides_what_a_resumed_run_writes_again(tmp_path):
-    """TensorBoard drops the steps from a session's start on; without the mark it shows both curves."""
+    """TensorBoard drops the steps from the mark on; without the mark it shows both curves."""
     pytest.importorskip("tensorboardX")
     for resume_step, steps in ((None, range(1, 7)), (4, range(5, 9))):
         writer = TensorBoardWriter(tmp_path, resume_step)
