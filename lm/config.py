@@ -121,25 +121,42 @@ class TokenizerConfig:
     """How text becomes token ids."""
 
     kind: Literal["bytes", "bpe", "file"] = "bytes"
-    """bytes: the 256 bytes with BOS and EOS. bpe: byte-level BPE trained on data.train. file: a tokenizer.json."""
+    """bytes: the 256 bytes with BOS and EOS. bpe: a BPE trained on data.train. file: one that is there, at path."""
     path: str | None = None
-    """The tokenizer.json of kind "file"."""
+    """Of kind "file": a tokenizer.json, a SentencePiece .model, a tiktoken rank file, GPT-2's vocab.json (its merges.txt
+    beside it), or the folder of one."""
     vocab_size: int = 4096
     """Tokens in a trained BPE, special tokens included."""
+    byte_fallback: bool = False
+    """Train the BPE on characters, with byte tokens for those left out, instead of on bytes."""
+    special_tokens: tuple[str, ...] = ()
+    """Special tokens of a trained BPE besides BOS and EOS."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is read, and how long a row is."""
+    """Where the text comes from and how it is cut into rows."""
 
     train: str = "builtin:python-stdlib"
-    """Source of the training text: builtin:python-stdlib, tfds:NAME[/CONFIG][@VERSION][#FEATURE] or text:GLOB."""
-    validation: str | None = None
-    """Source of the validation text. None: the dataset's own validation or test split, else a tenth of train."""
+    """Source of the training text: builtin:, tfds:, text:, jsonl:, parquet:, tokens:, pairs: or mix:, see the README."""
+    validation: str | tuple[str, ...] | None = None
+    """Source of the validation text; several as NAME=SOURCE each, the first chooses the best checkpoint. None: the
+    dataset's own validation or test split, else a tenth of train."""
     context: int = 256
     """Row length, in tokens."""
     document_separator: str | None = None
     """Splits each text file into documents. None: one document a file."""
+    pair_separator: str = "\n"
+    """Between the two sides of a pair where they make one document."""
+    prompt_loss: bool = False
+    """Train on the prompts too, that is on the first side of pairs, and score them."""
+    packing: Literal["split", "best_fit", "padded"] = "split"
+    """split: documents one after another, cut at row ends. best_fit: packed so that none is cut that fits in a row.
+    padded: a row for each document, for a long one several."""
+    loader_threads: int = 2
+    """Threads that make batches ahead of time. Changes no batch."""
+    tokenizer_processes: int | None = None
+    """Processes that tokenise. None: as many as there are cores. Changes no token."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,7 +316,7 @@ def forbidden_on_resume(saved: RunConfig, wanted: RunConfig) -> dict[str, tuple[
     """The differences that a run can't be continued with: all that would change its numbers or its arrays."""
     found = differences(saved, wanted)
     free = {name for name in found if name.startswith(("parallel.", "checkpoint.", "evaluation.", "observe."))}
-    free |= {"model.scan_layers", "model.remat"}
+    free |= {"model.scan_layers", "model.remat", "data.loader_threads", "data.tokenizer_processes"}
     old, new = saved.training.steps, wanted.training.steps
     if old is not None and new is not None and new > old:
         free.add("training.steps")
@@ -331,6 +348,8 @@ def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
             if not isinstance(value, Mapping):
                 raise InputError(f"config section {prefix + name!r} is {value!r}, not an object")
             value = _build(hints[name], value, f"{prefix}{name}.")
+        if isinstance(value, list):  # JSON has no tuples
+            value = tuple(value)
         arguments[name] = value
     built = cls(**arguments)
     check_types(built, prefix)
@@ -353,6 +372,8 @@ def _is_a(value: Any, hint: Any) -> bool:
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_is_a(value, option) for option in typing.get_args(hint))
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is_a(one, typing.get_args(hint)[0]) for one in value)
     if origin is Literal:
         return isinstance(value, str) and value in typing.get_args(hint)
     if hint is float:
@@ -367,4 +388,6 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(option) for option in typing.get_args(hint))
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return f"several of {_describe(typing.get_args(hint)[0])}"
     return {int: "a whole number", float: "a number", bool: "True or False", str: "text", type(None): "None"}[hint]
