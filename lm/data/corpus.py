@@ -1,174 +1,253 @@
-"""Where documents come from: a source of text, with its split, as a sequence of documents with stable ids and order.
+"""Where documents come from: a source of text, with its split, as a stream of documents with stable ids and order.
 
-    builtin:python-stdlib      tfds:NAME[/CONFIG][@VERSION][#FEATURE]      text:GLOB
-
-A source may end in a split. `SOURCE[train]` and `SOURCE[validation]` are the two corpora that `open_splits(SOURCE,
-None)` gives; other splits and slices are TFDS's own, as in `tfds:ag_news_subset[test[:10%]]`. Without a split, `text:`
-is all the text, and a dataset its train split.
+How sources are written, `lm.data.source` says. `SOURCE[train]` and `SOURCE[validation]` are the two corpora that
+`open_splits(SOURCE, None)` gives; other splits and slices are TFDS's own, as in `tfds:ag_news_subset[test[:10%]]`.
+Without a split, text in files is all the text, and a dataset its train split.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import importlib
+import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from lm.config import InputError, nearest
-from lm.data import holdout, text
+from lm.config import InputError
+from lm.data import holdout, token_files
+from lm.data.document import MAX_DOCUMENT_BYTES, Document
+from lm.data.holdout import Half
+from lm.data.reader import Reader, Reading
+from lm.data.source import Source, parse, parse_named
+from lm.data.token_files import TokenFiles
 
-KINDS = ("builtin", "tfds", "text")
-BUILTINS = ("python-stdlib",)
+READERS = {
+    "builtin": "stdlib.reader",
+    "tfds": "dataset.reader",
+    "text": "text.reader",
+    "jsonl": "jsonl.reader",
+    "parquet": "parquet.reader",
+    "tsv": "pairs.tsv",
+    "lines": "pairs.lines",
+}
+"""What in lm.data makes the reader of a kind of source. Named, not imported: TFDS and pyarrow take half a second, of no
+use to text files."""
 OWN_VALIDATION = ("validation", "valid", "val", "dev", "test")
 """Splits of a dataset that serve as validation, best first."""
 
 
-class Document(NamedTuple):
-    """A text and the name it keeps."""
+class Corpus:
+    """Documents in a stable order, streamed. Those with neither text nor prompt are left out.
 
-    id: str
-    text: str
+    Attributes:
+        source: opens the same corpus again.
+        skipped: how many documents the last whole scan has left out; 0 before.
+    """
 
-
-class Corpus(Sequence[Document]):
-    """Documents in a stable order, read when asked for. `source` opens the same corpus again."""
-
-    def __init__(self, source: str, ids: Sequence[str], read: Callable[[int], str]):
-        if not ids:
-            raise InputError(f"{source} has no documents")
-        self.source, self.ids, self._read = source, ids, read
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[one] for one in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
-        return Document(self.ids[index], self._read(index))
+    def __init__(self, source: str, reader: Reader, half: Half | None = None):
+        self.source, self._reader, self._half = source, reader, half
+        self.skipped = 0
 
     def __iter__(self) -> Iterator[Document]:
-        return (self[index] for index in range(len(self)))
+        return (document for document, _ in self.scan())
+
+    def scan(self) -> Iterator[tuple[Document, int]]:
+        """The documents in order, each with the bytes of `size` gone through so far.
+
+        Raises:
+            InputError: what can't be read, a document that is too long, or at the end no document at all.
+        """
+        found = skipped = 0
+        for document, position in self._reader.scan():
+            if len(document.text) + len(document.prompt) > MAX_DOCUMENT_BYTES:
+                raise InputError(f"{document.id} in {self.source} has more than {MAX_DOCUMENT_BYTES} bytes: split it")
+            mine = document if self._half is None else self._half.of(document)
+            if mine is None:
+                continue
+            if mine.text or mine.prompt:
+                found += 1
+                yield mine, position
+            else:
+                skipped += 1
+        if not found:
+            use = "documents" if self._half is None else f"to {'validate' if self._half.validation else 'train'} on"
+            raise InputError(
+                f"{self.source} has no{'thing' if self._half else ''} {use}"
+                + (f": all its {skipped} documents are empty" if skipped else "")
+                + ("" if self._half is None else ": use more text, or name a source in data.validation")
+            )
+        self.skipped = skipped
 
     @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 over the ids and texts, so that a changed file is a changed corpus. Reads the corpus once."""
-        digest = hashlib.sha256()
-        for name, content in self:
-            for part in (name.encode(), content.encode()):
-                digest.update(len(part).to_bytes(8, "big") + part)
-        return digest.hexdigest()
+    def size(self) -> int:
+        """Bytes on disk that a scan goes through, compressed as they lie."""
+        return self._reader.size
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 over the contents of the files and how they are read, so that a changed file is a changed corpus."""
+        return _sha256(["corpus", self._reader.contents(), self._half and self._half.described()])
 
 
-def open_corpus(source: str, *, document_separator: str | None = None) -> Corpus:
-    """The documents of a source.
+class Concatenation(Corpus):
+    """Several corpora one after another, ids with the number of theirs in front."""
+
+    def __init__(self, source: str, corpora: Sequence[Corpus]):
+        self.source, self._corpora = source, corpora
+        self.skipped = 0
+
+    def scan(self) -> Iterator[tuple[Document, int]]:
+        before = 0
+        for number, corpus in enumerate(self._corpora):
+            for document, position in corpus.scan():
+                yield document._replace(id=f"{number}:{document.id}"), before + position
+            before += corpus.size
+        self.skipped = sum(corpus.skipped for corpus in self._corpora)
+
+    @cached_property
+    def size(self) -> int:
+        return sum(corpus.size for corpus in self._corpora)
+
+    @cached_property
+    def key(self) -> str:
+        return _sha256(["mix", [corpus.key for corpus in self._corpora]])
+
+
+class Component(NamedTuple):
+    """One text of a mix, with its share of the training tokens, of any scale."""
+
+    weight: float
+    corpus: Corpus | TokenFiles
+
+
+class Splits(NamedTuple):
+    """What to train on and what to validate on, by name; "" is the name of a single one without."""
+
+    train: tuple[Component, ...]
+    validation: dict[str, Corpus | TokenFiles]
+
+
+def open_corpus(
+    source: str, *, document_separator: str | None = None, pair_separator: str = "\n"
+) -> Corpus | TokenFiles:
+    """The documents of a source, of a mix those of all its components one after another.
 
     Args:
-        source: what to read, see above.
+        source: what to read, see `lm.data.source`.
         document_separator: splits each text file into documents. None: one document a file.
+        pair_separator: stands between the two sides of a pair.
 
     Raises:
-        InputError: an unknown source or split, no matching file, no text, text that isn't UTF-8, or a dataset that
-            isn't there and can't be prepared.
+        InputError: an unknown source or split, no matching file, or a dataset that isn't there and can't be prepared.
     """
-    base, split = _parse(source)
-    if split in ("train", "validation"):
-        return open_splits(base, None, document_separator=document_separator)[split == "validation"]
-    return _open(base, split, document_separator, _dataset(base))
+    return _open(source, Reading(document_separator, pair_separator))
 
 
-def open_splits(train: str, validation: str | None, *, document_separator: str | None = None) -> tuple[Corpus, Corpus]:
+def open_splits(
+    train: str,
+    validation: str | Sequence[str] | None,
+    *,
+    document_separator: str | None = None,
+    pair_separator: str = "\n",
+) -> Splits:
     """The documents to train on and those to validate on.
 
     With no validation source: the dataset's own validation or test split; else a part held out of the training text,
     which training then doesn't see: the last tenth of a single document, by characters; of several documents those
-    whose id hashes into a tenth.
+    whose id hashes into a tenth; of pairs those whose first side does. Of a mix each component's, one after another.
     """
-    if validation is not None:
-        return (
-            open_corpus(train, document_separator=document_separator),
-            open_corpus(validation, document_separator=document_separator),
-        )
-    base, split = _parse(train)
-    builder = _dataset(base)
-    if own := _own_validation(builder):
-        if split and own in re.findall(r"[A-Za-z_]\w*", split):
-            raise InputError(f"{train} would be both trained and validated on: name another source in data.validation")
-        return (
-            _open(base, split or "train", document_separator, builder),
-            _open(base, own, document_separator, builder),
-        )
-    if split not in (None, "train"):
-        raise InputError(f"nothing says what to validate on beside {train}: name a source in data.validation")
-    return _hold_out(_open(base, None, document_separator, builder))
+    reading = Reading(document_separator, pair_separator)
+    parts = parse(train)
+    if validation is not None and validation != ():
+        components = [Component(part.weight, _open_one(part.source, reading)) for part in parts]
+        return Splits(tuple(components), _open_named(validation, reading))
+    halves = [_halves(part.source, reading) for part in parts]
+    components = [Component(part.weight, half) for part, (half, _) in zip(parts, halves, strict=True)]
+    weights = [part.weight for part in parts]
+    return Splits(tuple(components), {"": _joined(train, weights, [half for _, half in halves])})
 
 
-def _parse(source: str) -> tuple[str, str | None]:
-    """SOURCE[SPLIT] -> (SOURCE, SPLIT or None), with the kind checked."""
-    kind, colon, rest = source.partition(":")
-    if not colon or kind not in KINDS:
-        example = f", or text:{source} for a file" if not colon else ""
+def _open(written: str, reading: Reading) -> Corpus | TokenFiles:
+    parts = parse(written)
+    opened = [_open_one(part.source, reading) for part in parts]
+    return _joined(written, [part.weight for part in parts], opened)
+
+
+def _open_named(validation: str | Sequence[str], reading: Reading) -> dict[str, Corpus | TokenFiles]:
+    named = [parse_named(one) for one in ([validation] if isinstance(validation, str) else validation)]
+    names = [name for name, _ in named]
+    if len(named) > 1 and "" in names:
+        raise InputError(f"data.validation: {dict(named)['']} has no name: of several, write each as NAME=SOURCE")
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise InputError(f"data.validation names {min(twice)!r} twice: give each its own name")
+    return {name: _open(written, reading) for name, written in named}
+
+
+def _joined(written: str, weights: Sequence[float], parts: Sequence[Corpus | TokenFiles]) -> Corpus | TokenFiles:
+    if len(parts) == 1:
+        return parts[0]
+    corpora = [part for part in parts if isinstance(part, Corpus)]
+    if len(corpora) < len(parts):
         raise InputError(
-            f"unknown source of text {source!r}{nearest(kind, KINDS)}: write builtin:python-stdlib, "
-            f"tfds:NAME or text:GLOB{example}"
+            f"{written} mixes ready ids in, which make no one text with others: name each in data.validation, as in "
+            f"a={parts[0].source} b={parts[1].source}, and give data.train the [train] of each"
         )
-    # A glob may end in a set of characters, so only the two names are splits there.
-    split = r"train|validation" if kind == "text" else r"(?:[^\[\]]|\[[^\[\]]*\])*"
-    matched = re.fullmatch(rf"(.+?)\[({split})\]", source)
-    base = matched[1] if matched else source
-    if kind == "builtin" and (name := base.partition(":")[2]) not in BUILTINS:
-        raise InputError(f"there is no built-in text {name!r}{nearest(name, BUILTINS)}: it is builtin:{BUILTINS[0]}")
-    return base, matched[2] if matched else None
+    # Without the + of 1e+16, which would part two components.
+    shares = (str(weight).replace("+", "") for weight in weights)
+    components = (f"{share}*{corpus.source}" for share, corpus in zip(shares, corpora, strict=True))
+    return Concatenation("mix:" + "+".join(components), corpora)
 
 
-def _dataset(base: str) -> Any:
-    """The TFDS builder, prepared, behind `builtin:` or `tfds:`; None for text files."""
-    kind, _, rest = base.partition(":")
-    if kind == "text":
-        return None
-    from lm.data import dataset, stdlib  # TFDS takes half a second to import, of no use to text files
-
-    return stdlib.prepared() if kind == "builtin" else dataset.named(*rest.partition("#")[::2])
+def _open_one(one: Source, reading: Reading) -> Corpus | TokenFiles:
+    if one.kind == "tokens":
+        return token_files.find(one.base, one.place, one.split)
+    if one.split in ("train", "validation"):
+        return _halves(dataclasses.replace(one, split=None), reading)[one.split == "validation"]
+    return Corpus(_with_split(one.base, one.split), _reader(one, reading))
 
 
-def _own_validation(builder: Any) -> str | None:
-    """The split that a dataset brings to be validated on, if it has one."""
-    return next((name for name in OWN_VALIDATION if builder and name in builder.info.splits), None)
-
-
-def _open(base: str, split: str | None, separator: str | None, builder: Any) -> Corpus:
-    """Opens one split as it is; None: the whole text, of a dataset its train split."""
-    kind, _, rest = base.partition(":")
-    if builder is None:
-        return Corpus(base, *text.documents(rest, separator))
-    from lm.data import dataset
-
-    feature, id_feature = ("text", "path") if kind == "builtin" else (rest.partition("#")[2] or None, None)
-    ids, read = dataset.documents(builder, split or "train", feature, id_feature=id_feature)
-    return Corpus(f"{base}[{split}]" if split else base, ids, read)
-
-
-def _hold_out(whole: Corpus) -> tuple[Corpus, Corpus]:
-    """Splits a corpus by `holdout`'s rule into what is trained on and what is validated on."""
-    train, validation = f"{whole.source}[train]", f"{whole.source}[validation]"
-    if len(whole) == 1:
-        name, content = whole[0]
-        middle = holdout.cut(content)
-        if not 0 < middle < len(content):
+def _halves(one: Source, reading: Reading) -> tuple[Corpus | TokenFiles, Corpus | TokenFiles]:
+    """What to train on and what to validate on where nothing says the latter."""
+    if one.kind == "tokens" and one.split in (None, "train"):
+        train, validation = (token_files.find(one.base, one.place, split) for split in ("train", "validation"))
+        return train, validation
+    reader = None if one.kind == "tokens" else _reader(one, reading)
+    if reader and (own := next((name for name in OWN_VALIDATION if name in reader.splits), None)):
+        split = one.split or "train"
+        if own in re.findall(r"[A-Za-z_]\w*", split):
             raise InputError(
-                f"{whole.source} is one document of {len(content)} characters, too short to hold out its last tenth: "
-                "use more text, or name a source in data.validation"
+                f"{_with_split(one.base, split)} would be both trained and validated on: "
+                "name another source in data.validation"
             )
-        return (
-            Corpus(train, [f"{name}[train]"], lambda _: content[:middle]),
-            Corpus(validation, [f"{name}[validation]"], lambda _: content[middle:]),
+        own_split = reader.of_split(own)
+        return Corpus(_with_split(one.base, split), reader), Corpus(_with_split(one.base, own), own_split)
+    if reader is None or one.split not in (None, "train"):
+        raise InputError(
+            f"nothing says what to validate on beside {_with_split(one.base, one.split)}: "
+            "name a source in data.validation"
         )
-    held = holdout.held_out(whole.ids)
-    kept = [index for index, name in enumerate(whole.ids) if name not in held]
-    rest = [index for index, name in enumerate(whole.ids) if name in held]
-    return _selected(train, whole, kept), _selected(validation, whole, rest)
+    return _hold_out(one.base, reader, reading.pair_separator)
 
 
-def _selected(source: str, whole: Corpus, indices: Sequence[int]) -> Corpus:
-    return Corpus(source, [whole.ids[index] for index in indices], lambda index: whole[indices[index]].text)
+def _hold_out(base: str, whole: Reader, pair_separator: str) -> tuple[Corpus, Corpus]:
+    """Splits a corpus by `holdout`'s rule, after a look at its first documents."""
+    documents = Corpus(base, whole)
+    names = whole.ids() or (holdout.name(document, pair_separator) for document in documents)
+    train, validation = holdout.halves(base, names, documents, pair_separator)
+    return Corpus(f"{base}[train]", whole, train), Corpus(f"{base}[validation]", whole, validation)
+
+
+def _reader(one: Source, reading: Reading) -> Reader:
+    module, function = READERS[one.kind].split(".")
+    return getattr(importlib.import_module(f"lm.data.{module}"), function)(one, reading)
+
+
+def _with_split(base: str, split: str | None) -> str:
+    return f"{base}[{split}]" if split else base
+
+
+def _sha256(described: object) -> str:
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()

@@ -1,25 +1,133 @@
-"""TFDS datasets -> documents, through `as_data_source` on ArrayRecord: random access, and no TensorFlow."""
+"""TFDS datasets -> documents, through `as_data_source` on ArrayRecord: no TensorFlow."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import importlib
 import io
+import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
-from absl import logging
+from absl import logging as absl_logging
+from tensorflow_datasets.core.download import downloader
 
 from lm.config import InputError, nearest
-from lm.data import cache
+from lm.data import cache, document, files
+from lm.data.document import Document
+from lm.data.files import File
+from lm.data.reader import Reader, Reading
+from lm.data.source import Source
+
+READ_RECORDS = 128
+"""Records read at once."""
+DOWNLOAD_RETRIES = 4
+"""Of TFDS's ten, which take minutes to find that there is no network. Four take three seconds."""
 
 
-def named(name: str, feature: str = "") -> tfds.core.DatasetBuilder:
+@dataclasses.dataclass(frozen=True)
+class Dataset(Reader):
+    """Text features of one split of a dataset that is prepared. Ids are `SPLIT#INDEX`, or the values of `id_feature`.
+
+    Attributes:
+        directory: where it lies.
+        split: one of its own or a slice of them.
+        features: one, or the two sides of a pair; `a.b` is the feature b inside a.
+    """
+
+    directory: str
+    split: str
+    features: tuple[str, ...]
+    pair_separator: str = ""
+    id_feature: str | None = None
+
+    @property
+    def splits(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(self._builder.info.splits)
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self._files())
+
+    def of_split(self, split: str) -> Dataset:
+        """Raises InputError where there is no such split."""
+        changed = dataclasses.replace(self, split=split)
+        changed._records()
+        return changed
+
+    def contents(self) -> list[Any]:
+        how = [self.split, self.features, self.pair_separator, self.id_feature]
+        return ["Dataset", how, [[file.id, files.digest(file)] for file in self._files()]]
+
+    def scan(self) -> Iterator[tuple[Document, int]]:
+        records, size = self._records(), self.size
+        for start in range(0, len(records), READ_RECORDS):
+            indices = range(start, min(start + READ_RECORDS, len(records)))
+            for index, record in zip(indices, records.__getitems__(indices), strict=True):
+                sides = [self._text(record, feature, index) for feature in self.features]
+                name = self._text(record, self.id_feature, index) if self.id_feature else f"{self.split}#{index}"
+                position = size * (index + 1) // len(records)
+                yield document.of_sides(name, sides, self.pair_separator), position
+
+    @functools.cached_property
+    def _builder(self) -> tfds.core.DatasetBuilder:
+        with quiet():
+            return tfds.builder_from_directory(self.directory)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def _files(self) -> list[File]:
+        """The files that hold the split, each once."""
+        paths = dict.fromkeys(map(str, self._builder.info.splits[self.split].filepaths))
+        return [File(Path(path).name, path, Path(path).stat().st_size) for path in paths]
+
+    def _records(self) -> Any:
+        info = self._builder.info
+        name, splits = info.full_name, list(info.splits)
+        base = re.match(r"\w*", self.split)
+        if base is None or base[0] not in splits:
+            raise InputError(
+                f"{name} has no split {self.split!r}{nearest(self.split, splits)}: it has {', '.join(splits)}"
+            )
+        try:
+            return self._builder.as_data_source(self.split)
+        except NotImplementedError as error:
+            raise InputError(
+                f"{name} in {self.directory} is stored as {info.file_format.value}, which needs TensorFlow: "
+                "prepare it again with --file_format=array_record"
+            ) from error
+        except ValueError as error:
+            raise InputError(f"{name} has no split {self.split!r} ({error}): it has {', '.join(splits)}") from error
+
+    def _text(self, record: Any, feature: str, index: int) -> str:
+        for part in feature.split("."):
+            record = record[part]
+        try:
+            return record.decode("utf-8")
+        except UnicodeDecodeError as error:
+            place = f"{self._builder.info.full_name}, split {self.split}, record {index}"
+            raise InputError(f"{place} is not UTF-8 at byte {error.start}") from error
+
+
+def reader(source: Source, reading: Reading) -> Dataset:
+    builder = named(source.place, source.fields)
+    pair_separator = reading.pair_separator if len(source.fields) == 2 else ""
+    features = _text_features(builder, source.fields)
+    return Dataset(str(builder.data_path), "train", features, pair_separator).of_split(source.split or "train")
+
+
+def named(name: str, features: tuple[str, ...] = ()) -> tfds.core.DatasetBuilder:
     """The dataset NAME[/CONFIG][@VERSION], prepared: from our cache, from TFDS's own folder, or now.
 
-    The text feature is looked up first, so that nothing is downloaded in vain.
+    The text features are looked up first, so that nothing is downloaded in vain.
     """
+    _import_texts()
     builders = [_builder(name, folder) for folder in (cache.directory("tfds"), _tfds_folder())]
     known = [builder for builder in builders if builder is not None]
     if not known:
@@ -27,13 +135,14 @@ def named(name: str, feature: str = "") -> tfds.core.DatasetBuilder:
         raise InputError(f"TFDS has no dataset {name!r}{nearest(name.split('/')[0], names)}")
     there = [builder for builder in known if builder.data_path.exists()]
     builder = (there or known)[0]
-    _text_feature(builder, feature or None)
+    _text_features(builder, features)
     return builder if there else prepare(builder)
 
 
 def prepare(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
     """Builds a dataset as ArrayRecord. TFDS does it in a folder of its own and renames that, so a kill does no harm."""
     settings = tfds.download.DownloadConfig(try_download_gcs=False)
+    downloader.MAX_RETRIES = DOWNLOAD_RETRIES
     remedy = f"prepare it where it can be, with --file_format=array_record, and copy it to {builder.data_dir_root}"
     try:
         with quiet():
@@ -54,59 +163,52 @@ def prepare(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
 def quiet() -> Iterator[None]:
     """Keeps TFDS's bars, prints and warnings off the terminal."""
     tfds.disable_progress_bar()
-    level = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    level, retries = absl_logging.get_verbosity(), logging.getLogger("urllib3")
+    retries_level = retries.level
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    retries.setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        logging.set_verbosity(level)
+        absl_logging.set_verbosity(level)
+        retries.setLevel(retries_level)
 
 
-def documents(
-    builder: tfds.core.DatasetBuilder, split: str, feature: str | None = None, *, id_feature: str | None = None
-) -> tuple[list[str], Callable[[int], str]]:
-    """The ids of a split's documents and how to read one. Ids are `SPLIT#INDEX`, or the values of `id_feature`."""
-    name, splits = builder.info.full_name, list(builder.info.splits)
-    base = re.match(r"\w*", split)
-    if base is None or base[0] not in splits:
-        raise InputError(f"{name} has no split {split!r}{nearest(split, splits)}: it has {', '.join(splits)}")
-    feature = _text_feature(builder, feature)
-    try:
-        records = builder.as_data_source(split)
-    except NotImplementedError as error:
-        raise InputError(
-            f"{name} in {builder.data_dir} is stored as {builder.info.file_format.value}, which needs TensorFlow: "
-            "prepare it again with --file_format=array_record"
-        ) from error
-    except ValueError as error:
-        raise InputError(f"{name} has no split {split!r} ({error}): it has {', '.join(splits)}") from error
-
-    def read(index: int) -> str:
-        try:
-            return records[index][feature].decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{name}, split {split}, record {index} is not UTF-8 at byte {error.start}") from error
-
-    if id_feature is None:
-        return [f"{split}#{index}" for index in range(len(records))], read
-    return [record[id_feature].decode("utf-8") for record in records], read
-
-
-def _text_feature(builder: tfds.core.DatasetBuilder, wanted: str | None) -> str:
-    """The feature to read: the one asked for, else `text`, else the only text there is."""
-    features = dict(builder.info.features.items()) if hasattr(builder.info.features, "items") else {}
+def _text_features(builder: tfds.core.DatasetBuilder, wanted: tuple[str, ...]) -> tuple[str, ...]:
+    """The features to read: those asked for, else `text`, else the only text there is."""
+    features = dict(_flat(builder.info.features))
     texts = [name for name, feature in features.items() if isinstance(feature, tfds.features.Text)]
     name = builder.info.full_name
-    if wanted is not None and wanted not in texts:
-        raise InputError(f"{name} has no text feature {wanted!r}{nearest(wanted, texts)}: it has {_listed(texts)}")
-    if wanted is None and "text" not in texts and len(texts) != 1:
+    for one in wanted:
+        if one not in texts:
+            raise InputError(f"{name} has no text feature {one!r}{nearest(one, texts)}: it has {_listed(texts)}")
+    if wanted:
+        return wanted
+    if "text" not in texts and len(texts) != 1:
         if not texts:
             raise InputError(f"{name} has no text: its features are {_listed(list(features))}")
         raise InputError(
             f"{name} has several texts, {_listed(texts)}: choose one, as in #{texts[0]} at the end of the source"
         )
-    return wanted or ("text" if "text" in texts else texts[0])
+    return ("text",) if "text" in texts else (texts[0],)
+
+
+def _flat(features: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The features by name, those inside others as a.b; the languages of a translation are such."""
+    for name, feature in features.items() if isinstance(features, tfds.features.FeaturesDict) else ():
+        if isinstance(feature, tfds.features.FeaturesDict):
+            yield from _flat(feature, f"{prefix}{name}.")
+        else:
+            yield prefix + name, feature
+
+
+def _import_texts() -> None:
+    """Makes TFDS's older datasets of text known. It does so itself only up to the first that needs TensorFlow, of
+    whatever kind, and then doesn't know those of translation."""
+    for room in ("question_answering", "summarization", "text", "text_simplification", "translate"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(f"tensorflow_datasets.{room}")
 
 
 def _builder(name: str, folder: Path) -> tfds.core.DatasetBuilder | None:

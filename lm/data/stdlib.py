@@ -20,6 +20,8 @@ import tensorflow_datasets as tfds
 from lm.config import InputError
 from lm.data import cache, dataset
 from lm.data.holdout import held_out
+from lm.data.reader import Reading
+from lm.data.source import Source
 
 NOT_SOURCE = frozenset(
     ("test", "tests", "idle_test", "site-packages", "dist-packages", "_bundled", "_vendor", "__pycache__")
@@ -60,6 +62,15 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, paths: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
         for key, path in enumerate(paths):
             yield key, {"path": path, "text": self._files[path]}
+
+
+def reader(source: Source, reading: Reading) -> dataset.Dataset:
+    return documents(prepared(), source.split or "train")
+
+
+def documents(builder: tfds.core.DatasetBuilder, split: str) -> dataset.Dataset:
+    """One split; the ids are the paths."""
+    return dataset.Dataset(str(builder.data_path), "train", ("text",), id_feature="path").of_split(split)
 
 
 def prepared(root: Path | None = None) -> tfds.core.DatasetBuilder:

@@ -2,88 +2,73 @@
 
 from __future__ import annotations
 
-import glob
-import gzip
-import lzma
-from collections.abc import Callable
-from functools import lru_cache
-from pathlib import Path
-from zlib import error as ZlibError
+import dataclasses
+from collections.abc import Iterator
 
 from lm.config import InputError
+from lm.data import files, stream
+from lm.data.document import MAX_DOCUMENT_BYTES, Document
+from lm.data.files import File
+from lm.data.reader import FilesReader, Reading
+from lm.data.source import Source
 
 
-def documents(pattern: str, separator: str | None) -> tuple[list[str], Callable[[int], str]]:
-    """The ids of the documents that a glob matches, ordered, and how to read one.
+@dataclasses.dataclass(frozen=True)
+class Text(FilesReader):
+    """Text exactly as it stands, without newline translation: one document a file, or several with a separator.
 
-    An id is the file's path from the glob's fixed folder on; with a separator `#N` counts a file's documents from 0.
-    Empty documents are left out.
+    With a separator `#N` counts a file's documents from 0; what is empty between two separators is no document.
     """
-    files = _matches(pattern)
-    if separator is None:
-        paths = list(files.values())
-        return list(files), lambda index: read(paths[index])
-    if not separator:
+
+    separator: str | None
+
+    def ids(self) -> Iterator[str] | None:
+        return (file.id for file in self.files) if self.separator is None else None
+
+    def read(self, file: File) -> Iterator[tuple[Document, int]]:
+        with stream.opened(file) as contents:
+            pieces = _whole(contents) if self.separator is None else _pieces(contents, self.separator.encode())
+            for number, (offset, data) in enumerate(pieces):
+                name = file.id if self.separator is None else f"{file.id}#{number}"
+                yield Document(name, stream.decoded(data, file.path, offset=offset)), contents.position
+
+
+def reader(source: Source, reading: Reading) -> Text:
+    if reading.document_separator == "":
         raise InputError("data.document_separator is empty: use None for one document a file")
-
-    # Neighbours come from one file, so the last one read is kept.
-    @lru_cache(maxsize=1)
-    def pieces(path: Path) -> list[str]:
-        return [piece for piece in read(path).split(separator) if piece]
-
-    places = [(name, path, n) for name, path in files.items() for n in range(len(pieces(path)))]
-    if not places:
-        raise InputError(f"text:{pattern} has no text: its {len(files)} files hold nothing but separators")
-    return [f"{name}#{n}" for name, _, n in places], lambda index: pieces(places[index][1])[places[index][2]]
+    return Text(files.matching(source.base, source.place, example="*.txt"), reading.document_separator)
 
 
-def read(path: Path) -> str:
-    """A file's text exactly as it stands (no newline translation), decompressed by its suffix."""
-    try:
-        if path.suffix == ".gz":
-            data = gzip.decompress(path.read_bytes())
-        elif path.suffix == ".xz":
-            data = lzma.decompress(path.read_bytes())
-        elif path.suffix == ".zst":
-            raise InputError(f"{path}: .zst can't be read: decompress it first, or use .gz or .xz")
-        else:
-            data = path.read_bytes()
-    except (gzip.BadGzipFile, lzma.LZMAError, EOFError, ZlibError) as error:
-        raise InputError(f"{path} is damaged or not what its suffix says ({error}): fetch it again") from error
-    except OSError as error:
-        raise InputError(f"{path} can't be read: {error.strerror}") from error
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; "
-            f"convert it, for instance with iconv -f latin1 -t utf-8"
-        ) from error
+def _whole(contents: stream.Stream) -> Iterator[tuple[int, bytearray]]:
+    data = bytearray()
+    for block in contents.blocks():
+        data += block
+        if len(data) > MAX_DOCUMENT_BYTES:
+            raise InputError(
+                f"{contents.file.path} has more than {MAX_DOCUMENT_BYTES} bytes of text, too many for one document: "
+                "split the file, or set data.document_separator"
+            )
+    yield 0, data
 
 
-def _matches(pattern: str) -> dict[str, Path]:
-    """The files with text that a glob matches, by the id of their document, in the order of the ids."""
-    if not pattern:
-        raise InputError("text: names no file: write text:PATH or text:'GLOB'")
-    expanded = Path(pattern).expanduser()
-    matched = [Path(name) for name in glob.glob(str(expanded), recursive=True)]  # noqa: PTH207 (Path.glob takes no absolute one)
-    files = [path for path in matched if path.is_file()]
-    if not files:
-        what = "a folder: write" if matched else "no file. Check the path, from"
-        hint = f"text:'{pattern.rstrip('/')}/**/*.txt'" if matched else str(Path.cwd())
-        raise InputError(f"text:{pattern} matches {what} {hint}")
-    with_text = [path for path in files if path.stat().st_size]
-    if not with_text:
-        raise InputError(
-            f"text:{pattern} has no text: " + (f"{files[0]} is empty" if len(files) == 1 else "all files are empty")
-        )
-    root = _fixed_folder(expanded)
-    return dict(sorted((path.relative_to(root).as_posix(), path) for path in with_text))
-
-
-def _fixed_folder(pattern: Path) -> Path:
-    """The deepest folder that a glob names without a wildcard: ids don't depend on where the data lies."""
-    root = pattern.parent
-    while glob.has_magic(str(root)):
-        root = root.parent
-    return root
+def _pieces(contents: stream.Stream, separator: bytes) -> Iterator[tuple[int, bytearray]]:
+    """What stands between separators and isn't empty, with its offset. No character's UTF-8 lies within another's, so
+    bytes may be split before they are decoded."""
+    data, dropped, searched = bytearray(), 0, 0
+    for block in contents.blocks():
+        data += block
+        start = 0
+        while (end := data.find(separator, searched)) >= 0:
+            if end > start:
+                yield dropped + start, data[start:end]
+            start = searched = end + len(separator)
+        del data[:start]
+        dropped += start
+        searched = max(0, len(data) - len(separator) + 1)
+        if len(data) > MAX_DOCUMENT_BYTES:
+            raise InputError(
+                f"{contents.file.path} has more than {MAX_DOCUMENT_BYTES} bytes without the separator from offset "
+                f"{dropped} on: split them, or set another data.document_separator"
+            )
+    if data:
+        yield dropped, data

@@ -1,6 +1,7 @@
 import pytest
 
 from lm.data import corpus
+from tests.data import memory_corpus
 
 
 @pytest.fixture(autouse=True)
@@ -14,14 +15,11 @@ def builtin(tmp_path_factory):
     """The built-in corpus, built once: (train, validation)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LM_CACHE", str(tmp_path_factory.mktemp("builtin")))
-        return corpus.open_splits("builtin:python-stdlib", None)
+        splits = corpus.open_splits("builtin:python-stdlib", None)
+        return splits.train[0].corpus, splits.validation[""]
 
 
 @pytest.fixture
 def corpus_of():
     """Makes a corpus of texts held in memory."""
-
-    def make(*texts, source="memory"):
-        return corpus.Corpus(source, [f"doc{i}" for i in range(len(texts))], lambda index: texts[index])
-
-    return make
+    return memory_corpus.corpus_of

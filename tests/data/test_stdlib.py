@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lm.config import InputError
-from lm.data import cache, dataset, stdlib
+from lm.data import cache, stdlib
 
 
 @pytest.fixture
@@ -34,9 +34,9 @@ def test_the_build_has_every_file_once_in_order(library):
     builder = stdlib.prepared(library)
     found = {}
     for split in ("train", "validation"):
-        ids, read = dataset.documents(builder, split, "text", id_feature="path")
-        assert ids == sorted(ids)
-        found |= {name: read(index) for index, name in enumerate(ids)}
+        part = {document.id: document.text for document, _ in stdlib.documents(builder, split).scan()}
+        assert list(part) == sorted(part)
+        found |= part
     assert dict(sorted(found.items())) == stdlib.source_files(library)
 
 
@@ -46,8 +46,9 @@ def test_another_content_is_another_dataset(library):
     (library / "m00.py").write_text("n = -1\n")
     after = stdlib.prepared(library)
     assert after.data_dir != before.data_dir
-    _, read = dataset.documents(after, "train+validation", "text")
-    assert "n = -1\n" in [read(index) for index in range(41)]
+    texts = [document.text for document, _ in stdlib.documents(after, "train+validation").scan()]
+    assert len(texts) == 41
+    assert "n = -1\n" in texts
 
 
 def test_a_folder_without_python_is_refused(tmp_path):
@@ -108,12 +109,13 @@ def test_whoever_finishes_second_takes_what_is_there(library, monkeypatch):
 
 def test_the_builtin_corpus(builtin):
     train, validation = builtin
-    total = sum(len(text.encode()) for part in builtin for _, text in part)
+    total = sum(len(document.text.encode()) for part in builtin for document in part)
     assert 9e6 < total < 15e6
-    assert 0.05 < len(validation) / (len(train) + len(validation)) < 0.15
-    assert set(train.ids).isdisjoint(validation.ids)
-    assert "argparse.py" in {*train.ids, *validation.ids}
-    assert not any(part in stdlib.NOT_SOURCE for name in (*train.ids, *validation.ids) for part in Path(name).parts)
+    trained, held = ({document.id for document in part} for part in builtin)
+    assert 0.05 < len(held) / len(trained | held) < 0.15
+    assert trained.isdisjoint(held)
+    assert "argparse.py" in trained | held
+    assert not any(part in stdlib.NOT_SOURCE for name in trained | held for part in Path(name).parts)
     assert train.source == "builtin:python-stdlib[train]"
 
 
@@ -124,11 +126,11 @@ import sys, socket, pathlib
 def refuse(*args, **kwargs): raise AssertionError("the network was used")
 socket.getaddrinfo = socket.create_connection = socket.socket.connect = refuse
 from lm.config import TokenizerConfig
-from lm.data import corpus, dataset, pipeline, stdlib, tokenizer, tokens
-ids, read = dataset.documents(stdlib.prepared(pathlib.Path({str(library)!r})), "train", "text", id_feature="path")
-text = corpus.Corpus("library", ids, read)
+from lm.data import corpus, pipeline, rows, stdlib, tokenizer, tokens
+text = corpus.Corpus("library", stdlib.documents(stdlib.prepared(pathlib.Path({str(library)!r})), "train"))
 store = tokens.tokenize(text, tokenizer.build(TokenizerConfig("bpe", None, 270), text))
-next(iter(pipeline.Pipeline(store, context=8, batch_size=2, seed=0).iterate()))
+cut = rows.make_rows(store, context=8, packing="split", prompt_loss=False)
+next(iter(pipeline.Pipeline([(1.0, cut)], batch_size=2, seed=0).iterate()))
 assert not {{"tensorflow", "torch"}} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -1,0 +1,163 @@
+"""Files by glob, here or remote: their stable ids, their bytes, their hashes."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import json
+import os
+import sys
+import time
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+
+from lm.config import InputError
+from lm.data import cache
+
+AnyPath = TypeVar("AnyPath", bound=PurePath)
+
+SMALL = 2**16
+"""Bytes of a file that is hashed sooner than its hash is looked up."""
+SETTLED_SECONDS = 2.0
+"""A file changed less than this ago may be changed again without its time of change telling."""
+
+
+class File(NamedTuple):
+    """A file: its id is the path from the glob's fixed folder on, so that it doesn't depend on where the data lies."""
+
+    id: str
+    path: str
+    size: int
+
+    @property
+    def remote(self) -> bool:
+        return "://" in self.path
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.path).suffix
+
+
+def matching(source: str, pattern: str, *, example: str) -> tuple[File, ...]:
+    """The files with contents that a glob matches, in the order of their ids.
+
+    Args:
+        source: as the user wrote it, for messages.
+        example: what to write at the end of a folder, such as "*.txt".
+    """
+    before, _, after = source.partition(f":{pattern}")
+    if not pattern:
+        raise InputError(f"{source} names no file: write {before}:PATH or {before}:'GLOB'")
+    folders, found = _remote(source, pattern) if "://" in pattern else _local(pattern)
+    if not found:
+        if folders:
+            raise InputError(f"{source} matches a folder: write {before}:'{pattern.rstrip('/')}/**/{example}'{after}")
+        start = "" if "://" in pattern else f", from {Path.cwd()}"
+        raise InputError(f"{source} matches no file. Check the path{start}")
+    full = [file for file in found if file.size]
+    if not full:
+        raise InputError(
+            f"{source} has no text: " + (f"{found[0].path} is empty" if len(found) == 1 else "all files are empty")
+        )
+    return tuple(sorted(full))
+
+
+def opened(file: File) -> BinaryIO:
+    """A file's bytes as they lie, unbuffered where it is here."""
+    if file.remote:
+        filesystem, path = _filesystem(file.path)
+        return cast(BinaryIO, filesystem.open(path, "rb"))
+    return cast(BinaryIO, io.FileIO(file.path))
+
+
+def errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
+    """What reading a file may raise: OSError, of a remote one also what its client raises instead; and `others`."""
+    clients = {"httpx": "HTTPError", "httpx2": "HTTPError", "aiohttp": "ClientError"}
+    clients |= {"botocore.exceptions": "BotoCoreError", "google.auth.exceptions": "GoogleAuthError"}
+    loaded = [getattr(sys.modules[module], name) for module, name in clients.items() if module in sys.modules]
+    return (OSError, *loaded, *others)
+
+
+def digest(file: File) -> str:
+    """Names a file's contents: the SHA-256 of its bytes, kept from one start to the next; of a remote one its checksum
+    there."""
+    if file.remote:
+        filesystem, path = _filesystem(file.path)
+        try:
+            return f"remote {filesystem.checksum(path)}"
+        except errors() as error:
+            raise InputError(f"{file.path} can't be read: {error}") from error
+    try:
+        state = Path(file.path).stat()
+        name = [os.path.abspath(file.path), state.st_size, state.st_mtime_ns, state.st_ino]  # noqa: PTH100 (keeps links)
+        kept = cache.directory("hashes") / hashlib.sha256(json.dumps(name).encode()).hexdigest()[:32]
+        if state.st_size > SMALL and kept.exists():
+            return kept.read_text(encoding="ascii")
+        with Path(file.path).open("rb") as data:
+            found = hashlib.file_digest(data, "sha256").hexdigest()
+        after = Path(file.path).stat()
+    except OSError as error:
+        raise InputError(f"{file.path} can't be read: {error.strerror}") from error
+    unchanged = (after.st_size, after.st_mtime_ns) == (state.st_size, state.st_mtime_ns)
+    if state.st_size > SMALL and unchanged and time.time() - state.st_mtime > SETTLED_SECONDS:
+        scratch = kept.with_name(f".{kept.name}-{os.getpid()}")
+        scratch.write_text(found, encoding="ascii")
+        scratch.replace(kept)
+    return found
+
+
+def _local(pattern: str) -> tuple[bool, list[File]]:
+    """Whether a glob matches folders, and the files that it matches."""
+    expanded = Path(pattern).expanduser()
+    matched = list(map(Path, glob.glob(str(expanded), recursive=True)))  # noqa: PTH207 (Path.glob takes no absolute one)
+    root = _fixed_folder(expanded)
+    paths = {path.relative_to(root).as_posix(): path for path in matched if path.is_file()}
+    return any(path.is_dir() for path in matched), [
+        File(name, str(path), path.stat().st_size) for name, path in paths.items()
+    ]
+
+
+def _remote(source: str, pattern: str) -> tuple[bool, list[File]]:
+    filesystem, path = _filesystem(pattern)
+    try:
+        if glob.has_magic(path) and not pattern.startswith("http"):
+            matched = filesystem.glob(path, detail=True)
+        else:
+            matched = {path: filesystem.info(path)}
+    except FileNotFoundError:
+        matched = {}
+    except errors() as error:
+        raise InputError(f"{source} can't be listed: {error}") from error
+    root = _fixed_folder(PurePosixPath(path))
+    return any(info["type"] == "directory" for info in matched.values()), [
+        # Some servers don't tell a size.
+        File(
+            PurePosixPath(name).relative_to(root).as_posix(),
+            filesystem.unstrip_protocol(name),
+            1 if info["size"] is None else info["size"],
+        )
+        for name, info in matched.items()
+        if info["type"] == "file"
+    ]
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    import fsspec  # of no use to most
+
+    protocol = url.partition("://")[0]
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        package = getattr(error.__cause__, "name", None) or protocol
+        raise InputError(f"{url} needs the package {package}: pip install {package}") from error
+    except errors(ValueError) as error:
+        raise InputError(f"{url} can't be opened: {error}") from error
+
+
+def _fixed_folder(pattern: AnyPath) -> AnyPath:
+    """The deepest folder that a glob names without a wildcard."""
+    root = pattern.parent
+    while glob.has_magic(str(root)):
+        root = root.parent
+    return root

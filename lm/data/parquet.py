@@ -1,0 +1,105 @@
+"""Parquet files -> documents: `parquet:GLOB#FIELD`, here or remote, by pyarrow."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import compute, parquet
+
+from lm.config import InputError, nearest
+from lm.data import document, files
+from lm.data.document import Document
+from lm.data.files import File
+from lm.data.reader import FilesReader, Reading
+from lm.data.source import Source
+
+BATCH_ROWS = 256
+"""Rows in memory at once, besides a page of each column."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parquet(FilesReader):
+    """The text of a column, or a pair's of two; `a.b` is the field b of the struct a. Ids are PATH#ROW, from 0.
+
+    A null is no text.
+    """
+
+    fields: tuple[str, ...]
+    pair_separator: str
+
+    def read(self, file: File) -> Iterator[tuple[Document, int]]:
+        with _opened(file) as table:
+            schema = table.schema_arrow
+            for field in self.fields:
+                _check(schema, field, file)
+            row = 0
+            for batch in table.iter_batches(BATCH_ROWS, columns=list(self.fields), use_threads=False):
+                columns = [_texts(batch, field, file, row) for field in self.fields]
+                for sides in zip(*columns, strict=True):
+                    position = file.size * (row + 1) // table.metadata.num_rows
+                    yield document.of_sides(f"{file.id}#{row}", sides, self.pair_separator), position
+                    row += 1
+
+
+def reader(source: Source, reading: Reading) -> Parquet:
+    found = files.matching(source.base, source.place, example="*.parquet")
+    return Parquet(found, source.fields or ("text",), reading.pair_separator if len(source.fields) == 2 else "")
+
+
+@contextlib.contextmanager
+def _opened(file: File) -> Iterator[parquet.ParquetFile]:
+    try:
+        # Without pre_buffer and with a buffer, columns are read page by page, not a row group at once.
+        with contextlib.ExitStack() as stack:
+            place = stack.enter_context(files.opened(file)) if file.remote else file.path
+            yield stack.enter_context(
+                parquet.ParquetFile(place, pre_buffer=False, buffer_size=2**20, page_checksum_verification=True)
+            )
+    except files.errors(pa.ArrowException) as error:
+        raise InputError(f"{file.path} is damaged or no Parquet file ({error}): fetch it again") from error
+
+
+def _check(schema: pa.Schema, field: str, file: File) -> None:
+    columns = dict(_columns(schema))
+    if field not in columns:
+        raise InputError(
+            f"{file.path} has no column {field!r}{nearest(field, columns)}: its columns are "
+            f"{', '.join(columns) or 'none'}; name one as #FIELD at the end of the source"
+        )
+    kind = columns[field]
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        raise InputError(f"{file.path}: the column {field!r} holds {columns[field]}, not strings")
+
+
+def _columns(fields: Any, prefix: str = "") -> Iterator[tuple[str, pa.DataType]]:
+    """Columns and their types, those inside structs as a.b."""
+    for field in fields:
+        yield prefix + field.name, field.type
+        if pa.types.is_struct(field.type):
+            yield from _columns(field.type, f"{prefix}{field.name}.")
+
+
+def _texts(batch: pa.RecordBatch, field: str, file: File, row: int) -> list[str]:
+    names = [field] if field in batch.schema.names else field.split(".")
+    column = batch.column(names[0])
+    for name in names[1:]:
+        column = compute.struct_field(column, name)
+    try:
+        return [text or "" for text in column.to_pylist()]
+    except UnicodeDecodeError as error:
+        bad = next(index for index, text in enumerate(column.cast(pa.binary()).to_pylist()) if not _utf8(text))
+        raise InputError(f"{file.path}, row {row + bad}: the column {field!r} is not UTF-8") from error
+
+
+def _utf8(data: bytes | None) -> bool:
+    try:
+        (data or b"").decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
