@@ -1,7 +1,7 @@
 """Checkpoints that describe themselves, written in the background, opened on any machine.
 
-    RUN/config.json, RUN/tokenizer.json
-    RUN/checkpoints/STEP/{params/, opt_state/, rest/, config.json, tokenizer.json, manifest.json}
+    RUN/config.json, RUN/tokenizer.json (SentencePiece: tokenizer.model)
+    RUN/checkpoints/STEP/{params/, opt_state/, rest/, config.json, tokenizer.*, manifest.json}
 
 The arrays are written into a folder with a temporary name. The manifest is the last file put there, then the folder
 gets its final name: killed at any moment, a step is whole or it doesn't exist. Loading never executes code from the
@@ -29,7 +29,7 @@ from lm.run_directory import (
     BEST,
     CHECKPOINTS,
     CONFIG,
-    TOKENIZER,
+    TOKENIZERS,
     best_step,
     is_step,
     latest_step,
@@ -206,12 +206,12 @@ class Loaded:
 def load(path: str | Path, *, step: str | int = "latest", dtype: Any = None) -> Loaded:
     """Opens a run directory or one checkpoint: config, parameters and tokenizer, with nothing but the path."""
     checkpoint = locate(path, step)
-    _check(checkpoint, CONFIG, TOKENIZER)
+    _check(checkpoint, CONFIG, *TOKENIZERS)
     tokenizer = None
-    if (checkpoint / TOKENIZER).is_file():
+    if any((checkpoint / name).is_file() for name in TOKENIZERS):
         from lm.data import tokenizer as tokenizers
 
-        tokenizer = tokenizers.load(checkpoint / TOKENIZER)
+        tokenizer = tokenizers.load(checkpoint)
     params = restore_params(checkpoint, dtype=dtype)
     return Loaded(read_config(checkpoint), params, tokenizer, read_manifest(checkpoint).step, checkpoint)
 

@@ -15,7 +15,9 @@ from lm.manifest import MANIFEST, read_manifest
 BEST = "eval/nats_per_token"
 """The metric that decides which checkpoint is the best: the lowest."""
 
-CHECKPOINTS, CONFIG, TOKENIZER = "checkpoints", "config.json", "tokenizer.json"
+CHECKPOINTS, CONFIG = "checkpoints", "config.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+"""What the tokenizer's file is called: one of these, by its format."""
 
 
 @contextlib.contextmanager

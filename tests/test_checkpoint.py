@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -135,6 +136,23 @@ def test_a_copied_checkpoint_opens_alone(saved, tmp_path):
     assert_same_bits(loaded.params, params_like(7))
     with pytest.raises(InputError, match="one checkpoint, of step 7, not 8"):
         checkpoint.load(copy, step=8)
+
+
+def test_a_sentencepiece_model_is_kept_as_its_own_file(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    content = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["ab ba"] * 9), model_writer=content, vocab_size=7, minloglevel=2
+    )
+    model = tokenizer.SentencePieceTokenizer(content.getvalue())
+    with writer(tmp_path, save_tokenizer=model.save) as w:
+        w.save(1, items_like(1))
+    folder = checkpoint.locate(tmp_path)
+    assert "tokenizer.model" in checkpoint.read_manifest(folder).files
+    assert checkpoint.load(folder).tokenizer.sha256 == model.sha256
+    (folder / "tokenizer.model").write_bytes(content.getvalue()[:-1])
+    with pytest.raises(InputError, match="is damaged: tokenizer.model"):
+        checkpoint.load(folder)
 
 
 def test_loaded_computes_what_the_model_does_and_compiles_once(tmp_path):

@@ -1,7 +1,9 @@
 import json
 import os
+import pickle
 import subprocess
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from lm.config import InputError, TokenizerConfig
-from lm.data import cache, tokenizer
+from lm.data import cache, file_tokenizer, tokenizer
+from lm.data.token_files import TokenFiles
 
 TEXTS = (
     "",
@@ -47,9 +50,16 @@ def metaspace():
     return tokenizer.FileTokenizer(model.to_str())
 
 
-@pytest.fixture(params=["bytes", "bpe", "file"])
-def each(request, trained, metaspace):
-    return {"bytes": tokenizer.ByteTokenizer(), "bpe": trained, "file": metaspace}[request.param]
+@pytest.fixture(scope="module")
+def fallback():
+    return tokenizer.train_bpe(["def encode(self, text):\n    return self.table[text]\n" * 20], 400, byte_fallback=True)
+
+
+@pytest.fixture(params=["bytes", "bpe", "fallback", "file"])
+def each(request, trained, fallback, metaspace):
+    made = {"bytes": tokenizer.ByteTokenizer(), "bpe": trained, "fallback": fallback, "file": metaspace}
+    assert made[request.param].lossless == (request.param != "file")
+    return made[request.param]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -62,26 +72,23 @@ def test_decode_gives_the_text_back(each, text):
 @pytest.mark.parametrize("text", TEXTS)
 def test_bytes_per_token_add_up_to_the_utf8_length(each, text):
     ids = each.encode(text)
-    sizes = each.bytes_per_token(ids)
-    assert sizes.shape == ids.shape
+    sizes = each.bytes_per_token(text)
+    assert (sizes.shape, sizes.dtype) == (ids.shape, np.int32)
     assert sizes.sum() == len(text.encode())
 
 
-def test_bytes_per_token_counts_each_piece_of_a_split_character(trained):
-    for one in (tokenizer.ByteTokenizer(), trained):
-        ids = one.encode("\U0001f9ff")  # not in the training text: in pieces that aren't UTF-8 alone
-        assert len(ids) > 1
-        assert one.bytes_per_token(ids).min() > 0
-        assert one.bytes_per_token(ids).sum() == 4
-        assert one.decode(ids[:1]) == "\ufffd"
+def test_bytes_per_token_counts_each_piece_of_a_split_character(each):
+    ids = each.encode("\U0001f9ff")  # not in the training text: in pieces that aren't UTF-8 alone
+    assert len(ids) > 1
+    assert each.bytes_per_token("\U0001f9ff")[-3:].min() > 0
+    assert each.decode(ids[:2]) in ("\ufffd", "\ufffd\ufffd")
 
 
-def test_special_tokens_are_never_made_of_text_and_count_no_bytes(each):
+def test_special_tokens_are_never_made_of_text(each):
     text = each.decode(each.encode("<|bos|><s></s><|eos|>"))
     ids = each.encode("<|bos|><s></s><|eos|>")
     assert text == "<|bos|><s></s><|eos|>"
     assert not {each.bos, each.eos} & set(ids.tolist())
-    assert each.bytes_per_token([each.bos, each.eos]).tolist() == [0, 0]
     assert each.decode([each.bos, *each.encode("ab"), each.eos]) == "ab"
 
 
@@ -109,7 +116,7 @@ def test_bytes_are_their_values(tmp_path):
     assert one.encode("aé").tolist() == [97, 0xC3, 0xA9]
     assert (one.vocab_size, one.bos, one.eos) == (258, 256, 257)
     assert isinstance(tokenizer.load(one.save(tmp_path)), tokenizer.ByteTokenizer)
-    letters = json.loads(one.file_content)["model"]["vocab"]
+    letters = json.loads(one.content)["model"]["vocab"]
     assert sorted(letters) == sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
@@ -147,35 +154,132 @@ def test_bpe_training_does_not_depend_on_threads_or_on_the_run(tmp_path):
     assert len(found) == 1
 
 
-def test_build_trains_once_for_each_text_and_size(corpus_of, monkeypatch):
-    text = corpus_of("one two three " * 50, "four five six " * 50)
-    config = TokenizerConfig("bpe", None, 280)
-    first = tokenizer.build(config, text)
-    assert first.kind == "bpe"
-    assert len(list(cache.directory("tokenizers").iterdir())) == 1
-    monkeypatch.setattr(tokenizer, "train_bpe", lambda *_: pytest.fail("trained again"))
-    assert tokenizer.build(config, text).sha256 == first.sha256
+class Texts:
+    """What training needs of a corpus."""
+
+    def __init__(self, *texts, key="k"):
+        self.texts, self.key, self.source = texts, key, "memory"
+        self.size = sum(len(text) for text in texts)
+
+    def scan(self):
+        done = 0
+        for text in self.texts:
+            done += len(text)
+            yield Document("id", text), done
 
 
-def test_build_by_kind(corpus_of, tmp_path, metaspace):
-    text = corpus_of("some text")
+class Document(NamedTuple):
+    id: str
+    text: str
+    prompt: str = ""
+
+
+def test_build_trains_once_for_each_text_and_recipe(monkeypatch):
+    text, more = Texts("one two three " * 50, "four five six " * 50), Texts("seven " * 50, key="m")
+    config = TokenizerConfig("bpe", None, 270)
+    seen = []
+    first = tokenizer.build(config, text, progress=lambda done, total: seen.append((done, total)))
+    assert (first.kind, first.vocab_size) == ("bpe", 270)
+    assert seen == [(700, 1400), (1400, 1400)]
+    others = [
+        tokenizer.build(config, (text, more)),
+        tokenizer.build(TokenizerConfig("bpe", None, 290, byte_fallback=True), text),
+        tokenizer.build(TokenizerConfig("bpe", None, 270, special_tokens=("<pad>",)), text),
+    ]
+    assert len({one.sha256 for one in (first, *others)}) == 4
+    assert len(list(cache.directory("tokenizers").iterdir())) == 4
+    monkeypatch.setattr(tokenizer, "train_tokenizer", lambda *_, **__: pytest.fail("trained again"))
+    assert tokenizer.build(config, [text]).sha256 == first.sha256
+
+
+def test_progress_counts_both_passes_over_all_corpora():
+    seen = []
+    corpora = [Texts("ab cd", "ef"), Texts("gh")]
+    tokenizer.train_tokenizer(corpora, 300, byte_fallback=True, progress=lambda *at: seen.append(at))
+    assert seen == [(5, 18), (7, 18), (9, 18), (14, 18), (16, 18), (18, 18)]
+
+
+def test_prompts_are_trained_on_too():
+    class Pairs(Texts):
+        def scan(self):
+            yield Document("id", "b" * 40, prompt="a" * 40), 80
+
+    assert tokenizer.build(TokenizerConfig("bpe", None, 262), Pairs()).encode("a" * 4).size < 4
+
+
+def test_build_by_kind(tmp_path, metaspace):
+    text = Texts("some text")
     assert tokenizer.build(TokenizerConfig(), text).kind == "bytes"
     path = metaspace.save(tmp_path)
     loaded = tokenizer.build(TokenizerConfig("file", str(path)), text)
     assert (loaded.kind, loaded.bos, loaded.eos, loaded.vocab_size) == ("file", 1, 2, metaspace.vocab_size)
 
 
+def test_ready_ids_have_no_text_to_train_on():
+    with pytest.raises(InputError, match="tokens:x.bin is ready ids.*tokenizer.kind to file"):
+        tokenizer.build(TokenizerConfig("bpe", None, 280), TokenFiles("tokens:x.bin", ()))
+
+
 def test_a_file_without_bos_has_none_and_starts_with_eos(trained):
-    content = json.loads(trained.file_content)
+    content = json.loads(trained.content)
     content["added_tokens"] = [{**content["added_tokens"][0], "content": "<|endoftext|>"}]
     one = tokenizer.FileTokenizer(json.dumps(content))
     assert (one.bos, one.eos, one.first_id) == (None, 398, 398)
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"model": {"type": "Nothing"}}', "\x00"])
+def test_a_pickled_tokenizer_still_takes_special_names_for_text(each):
+    again = pickle.loads(pickle.dumps(each))
+    assert (again.sha256, again.kind, again.bos) == (each.sha256, each.kind, each.bos)
+    for text in TEXTS:
+        np.testing.assert_array_equal(again.encode(text), each.encode(text))
+
+
+def test_many_long_texts_in_one_batch(trained, monkeypatch):
+    monkeypatch.setattr(file_tokenizer, "_PART", 50)
+    monkeypatch.setattr(file_tokenizer, "_BLOCK", 3)
+    texts = [f"line {number}\n" * number for number in range(40)]
+    for ids, text in zip(trained.encode_batch(texts), texts, strict=True):
+        assert ids.tolist() == trained._library.encode(text).ids
+    assert trained.encode_batch([]) == []
+
+
+def test_dropout_in_a_file_makes_no_random_ids(trained):
+    content = json.loads(trained.content)
+    content["model"]["dropout"] = 0.5
+    one = tokenizer.FileTokenizer(json.dumps(content))
+    assert one.encode("return the table " * 20).tolist() == trained.encode("return the table " * 20).tolist()
+
+
+def unigram():
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((letter, -2.0) for letter in "ab</s>")]
+    return models.Unigram(pieces, unk_id=0)
+
+
+def whole_words():
+    return models.BPE(
+        {letter: number for number, letter in enumerate(["<s>", "</s>", *"ab</s>"])}, [], ignore_merges=True
+    )
+
+
+@pytest.mark.parametrize("model", [unigram, whole_words])
+def test_a_model_that_takes_whole_pieces_makes_no_special_ids_of_text(model):
+    """`encode_special_tokens` alone leaves the model to find them in its own vocabulary."""
+    library = tokenizers.Tokenizer(model())
+    library.add_special_tokens(["<s>", "</s>"])
+    library.encode_special_tokens = True
+    one = tokenizer.FileTokenizer(library.to_str())
+    assert one.eos in library.encode("</s>").ids
+    assert one.eos not in one.encode("</s>")
+    assert one.decode(one.encode("ab</s>")).replace(" ", "") == "ab</s>"
+    assert one.decode([*one.encode("ab"), one.eos]).replace(" ", "") == "ab"
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"model": {"type": "Nothing"}}', "\x00", "some words"])
 def test_a_file_that_is_no_tokenizer(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(InputError, match="tokenizer.json is not a tokenizer.json"):
+    with pytest.raises(InputError, match="tokenizer.json is not a tokenizer"):
         tokenizer.load(tmp_path)
     with pytest.raises(InputError, match="no tokenizer at .*nowhere"):
         tokenizer.load(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="no tokenizer in .*: give the path of a tokenizer.json, a SentencePiece"):
+        tokenizer.load(tmp_path.parent)
