@@ -47,6 +47,23 @@ def building(target: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the lock of a file, made on demand; waits while another process holds it. It ends with the process.
+
+    On a file system that has no locks there is none.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def _root() -> Path:
     if chosen := os.environ.get("LM_CACHE"):
         return Path(chosen).expanduser()

@@ -1,7 +1,7 @@
 """One-dimensional arrays on disk, of any length, read a slice at a time.
 
-By `pread` rather than a memory map: a map's page fault holds Python's lock while the disk works, its touched pages count
-as memory of the process, and its read-ahead fetches 32 pages where a row needs one.
+By `pread` rather than a memory map: a map's page fault holds Python's lock while the disk works, its touched pages
+count as memory of the process, and its read-ahead fetches 32 pages where a row needs one.
 """
 
 from __future__ import annotations
@@ -99,13 +99,20 @@ class SortedColumn(Column):
 def write_sorted(path: Path, chunks: Iterable[np.ndarray]) -> int:
     """Writes a sorted column and its index, a chunk of int64 at a time; gives its length."""
     size = 0
-    with path.open("wb") as file, _index(path).open("wb") as index:
+    with path.open("wb") as file:
         for chunk in chunks:
-            chunk = np.ascontiguousarray(chunk, np.int64)
-            chunk.tofile(file)
-            chunk[-size % BLOCK :: BLOCK].tofile(index)
+            np.ascontiguousarray(chunk, np.int64).tofile(file)
             size += len(chunk)
+    write_index(path, size)
     return size
+
+
+def write_index(path: Path, size: int) -> None:
+    """Makes the index of a sorted column that is there."""
+    column, step = Column(path, np.int64, size), BLOCK * 2**12
+    with _index(path).open("wb") as index:
+        for start in range(0, size, step):
+            column[start : start + step][::BLOCK].tofile(index)
 
 
 def _index(path: Path) -> Path:

@@ -1,137 +1,187 @@
-"""Tokenise once: the ids of a corpus in one memory-mapped file, kept under the fingerprints of corpus and tokenizer.
+"""Tokenise once: the ids of a corpus as one stream on disk, kept under a fingerprint of its contents and its tokenizer.
 
 Shapes: D documents.
 """
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import hashlib
 import json
-import mmap
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lm.config import InputError
-from lm.data import cache
+from lm.data import cache, marks, store
+from lm.data.column import Column, SortedColumn
 from lm.data.corpus import Corpus
+from lm.data.token_files import TokenFiles
 from lm.data.tokenizer import Tokenizer
 
-FORMAT_VERSION = 1
-BATCH_CHARACTERS = 2**20
-"""Text tokenised at once: enough for all cores, little memory."""
+Progress = Callable[[int, int], None]
+
+
+class Sizes(NamedTuple):
+    """Of a document's raw text: UTF-8 bytes and whitespace-separated words, of its prompt and of what follows."""
+
+    bytes: int
+    words: int
+    prompt_bytes: int = 0
+    prompt_words: int = 0
 
 
 class TokenStore:
-    """The ids of all documents in a row, each as [BOS] ids [EOS] as far as the tokenizer has these.
+    """The ids of all documents in a row, each as [BOS] prompt text [EOS] as far as there are these.
+
+    Nothing that grows with the corpus is held in memory, and everything is read where it lies when it is asked for.
 
     Attributes:
         source: the text, as the corpus was asked for; another source with the same contents shares the store.
-        ids: the whole stream, memory-mapped, in the smallest unsigned type that holds the vocabulary.
-        offsets: int64 [D + 1], where each document starts and, last, where the stream ends.
-        bytes_D, words_D: int64, UTF-8 bytes and whitespace-separated words of each document's raw text.
-        bos, eos: whether each document has one.
         fingerprint: names corpus contents and tokenizer.
-        corpus_sha256: the corpus's own fingerprint.
+        corpus_sha256: of the documents' ids and texts alone.
+        num_tokens: ids in the stream, BOS and EOS included.
+        offsets: int64 [D + 1], where each document starts in the stream and, last, where the stream ends.
+        prompts: int32 [D], how many ids of each document, BOS included, are its prompt. None: no document has one.
+        skipped: documents without text, left out.
     """
 
-    def __init__(self, directory: Path, *, source: str):
-        described = json.loads((directory / "store.json").read_text(encoding="utf-8"))
-        self.source = source
+    def __init__(self, directory: Path, *, source: str, tokenizer: Tokenizer, shards: Sequence[Column] | None = None):
+        described = _described(directory)
+        self.directory, self.source, self._tokenizer = directory, source, tokenizer
         self.fingerprint: str = described["fingerprint"]
         self.corpus_sha256: str = described["corpus_sha256"]
-        self.bos: bool = described["bos"]
-        self.eos: bool = described["eos"]
-        self.document_ids: list[str] = described["document_ids"]
-        self.offsets = np.load(directory / "offsets.npy")
-        self.bytes_D = np.load(directory / "bytes.npy")
-        self.words_D = np.load(directory / "words.npy")
-        self.ids = _mapped(directory / "ids.bin", np.dtype(described["dtype"]), self.num_tokens)
+        self.bos: int | None = described["bos"]
+        self.eos: int | None = described["eos"]
+        self.num_tokens: int = described["tokens"]
+        self.skipped: int = described["skipped"]
+        self._documents: int = described["documents"]
+        self.offsets = SortedColumn(directory / "offsets.bin", self._documents + 1)
 
-    @property
-    def num_tokens(self) -> int:
-        """Ids in the stream, BOS and EOS included."""
-        return int(self.offsets[-1])
+        def column(name: str, dtype: Any, size: int = self._documents) -> Column | None:
+            return Column(directory / name, dtype, size) if name in described["files"] else None
+
+        self.prompts = column("prompts.bin", np.int32)
+        self._sizes = [column(f"{name}.bin", np.int32) for name in Sizes._fields]
+        self._names = Column(directory / "names.bin", np.uint8, described["files"]["names.bin"])
+        self._name_ends = Column(directory / "name_ends.bin", np.int64, self._documents)
+        self._shards = list(shards or [Column(directory / "ids.bin", np.dtype(described["dtype"]), self.num_tokens)])
+        self._shard_ends = np.cumsum([len(shard) for shard in self._shards]).tolist()
 
     def __len__(self) -> int:
-        return len(self.document_ids)
+        return self._documents
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The ids start..stop of the stream, in an unsigned integer type."""
+        assert 0 <= start <= stop <= self.num_tokens, (start, stop, self.num_tokens)
+        pieces = []
+        while True:
+            shard = min(bisect.bisect_right(self._shard_ends, start), len(self._shards) - 1)
+            end = self._shard_ends[shard]
+            before = end - len(self._shards[shard])
+            pieces.append(self._shards[shard][start - before : min(stop, end) - before])
+            start = end
+            if start >= stop:
+                return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def document(self, index: int) -> np.ndarray:
         """One document's ids without BOS and EOS."""
-        return self.ids[self.offsets[index] + self.bos : self.offsets[index + 1] - self.eos]
+        start, stop = self.offsets[index : index + 2].tolist()
+        ids = self.read(start, stop)
+        if self.bos is not None and len(ids) and ids[0] == self.bos:
+            ids = ids[1:]
+        return ids[:-1] if self.eos is not None and len(ids) and ids[-1] == self.eos else ids
+
+    def document_id(self, index: int) -> str:
+        """The name that a document has in its source."""
+        index = range(len(self))[index]
+        start = int(self._name_ends[index - 1]) if index else 0
+        return self._names[start : int(self._name_ends[index])].tobytes().decode()
+
+    def sizes(self, index: int) -> Sizes:
+        """Bytes and words of one document; of ready ids those of the text that they decode to."""
+        if self._sizes[0] is not None:
+            return Sizes(*(0 if column is None else int(column[index]) for column in self._sizes))
+        text = self._tokenizer.decode(self.document(index))
+        return Sizes(len(text.encode()), len(text.split()))
 
 
-def tokenize(corpus: Corpus, tokenizer: Tokenizer, *, progress: Callable[[int, int], None] | None = None) -> TokenStore:
+def tokenize(
+    corpus: Corpus | TokenFiles,
+    tokenizer: Tokenizer,
+    *,
+    processes: int | None = None,
+    progress: Progress | None = None,
+) -> TokenStore:
     """The corpus's ids, from the cache or made now.
 
+    A store that was made of other contents, by another tokenizer or by another version of this code has another
+    fingerprint. One that is being made by another process is waited for; one whose making was cut short is made on from
+    there.
+
     Args:
-        progress: called with the documents done and all documents.
+        processes: that tokenise. None: as many as there are cores.
+        progress: called with the bytes of the source gone through and all its bytes.
+
+    Raises:
+        InputError: bad text, with its place; no text; a full disk; a store that has been damaged since it was made.
     """
-    recipe = json.dumps([FORMAT_VERSION, corpus.fingerprint, tokenizer.sha256])
+    recipe = json.dumps([store.FORMAT_VERSION, corpus.key, tokenizer.sha256, tokenizer.bos, tokenizer.eos])
     fingerprint = hashlib.sha256(recipe.encode()).hexdigest()
-    directory = cache.directory("tokens") / fingerprint[:32]
+    folder = cache.directory("tokens")
+    directory = folder / fingerprint[:32]
     if not directory.exists():
-        with cache.building(directory) as scratch:
-            _write(scratch, corpus, tokenizer, fingerprint, progress)
-    return TokenStore(directory, source=corpus.source)
+        lock = folder / f".{directory.name}.lock"
+        with cache.locked(lock):
+            if not directory.exists():  # another process may have made it while this one waited
+                _make(directory, corpus, tokenizer, fingerprint, processes or os.cpu_count() or 1, progress)
+            lock.unlink(missing_ok=True)  # who waits on it finds the store
+    shards = None
+    if isinstance(corpus, TokenFiles) and corpus.split is None:
+        shards = [Column(file.path, file.dtype, file.size, offset=file.offset) for file in corpus.files]
+    return TokenStore(directory, source=corpus.source, tokenizer=tokenizer, shards=shards)
 
 
-def _write(
+def _make(
     directory: Path,
-    corpus: Corpus,
+    corpus: Corpus | TokenFiles,
     tokenizer: Tokenizer,
     fingerprint: str,
-    progress: Callable[[int, int], None] | None,
+    processes: int,
+    progress: Progress | None,
 ) -> None:
-    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
-    head = np.array([] if tokenizer.bos is None else [tokenizer.bos], dtype)
-    tail = np.array([] if tokenizer.eos is None else [tokenizer.eos], dtype)
-    ends, sizes, words = [0], [], []
-    with (directory / "ids.bin").open("wb") as file:
-        for texts in _batches(corpus):
-            for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-                document = np.concatenate([head, ids.astype(dtype), tail])
-                document.tofile(file)
-                ends.append(ends[-1] + len(document))
-                sizes.append(len(text.encode()))
-                words.append(len(text.split()))
-            if progress is not None:
-                progress(len(sizes), len(corpus))
-    if not sum(sizes):
-        raise InputError(f"{corpus.source} has no text: its {len(corpus)} documents are empty")
-    np.save(directory / "offsets.npy", np.array(ends, np.int64))
-    np.save(directory / "bytes.npy", np.array(sizes, np.int64))
-    np.save(directory / "words.npy", np.array(words, np.int64))
-    described = {
-        "fingerprint": fingerprint,
-        "corpus_sha256": corpus.fingerprint,
-        "bos": bool(len(head)),
-        "eos": bool(len(tail)),
-        "dtype": dtype.str,
-        "document_ids": list(corpus.ids),
-    }
-    (directory / "store.json").write_text(json.dumps(described), encoding="utf-8")
+    """Makes a store beside its place, which a rename then gives it: there it is complete or not at all."""
+    scratch = directory.with_name(f".{directory.name}.building")
+    try:
+        if isinstance(corpus, TokenFiles):
+            marks.write(scratch, corpus, tokenizer, fingerprint, progress)
+        else:
+            store.write(scratch, corpus, tokenizer, fingerprint, processes, progress)
+        scratch.rename(directory)
+    except OSError as error:
+        raise InputError(
+            f"the token store of {corpus.source} can't be written under {scratch.parent}: {error.strerror}; make room, "
+            "and the same command goes on from where it was, or set LM_CACHE to another folder"
+        ) from error
 
 
-def _batches(corpus: Corpus) -> Iterator[list[str]]:
-    """The texts in order, about `BATCH_CHARACTERS` at a time."""
-    texts: list[str] = []
-    size = 0
-    for document in corpus:
-        texts.append(document.text)
-        size += len(document.text)
-        if size >= BATCH_CHARACTERS:
-            yield texts
-            texts, size = [], 0
-    if texts:
-        yield texts
-
-
-def _mapped(path: Path, dtype: np.dtype, size: int) -> np.ndarray:
-    """A read-only memory map of a file of ids. Rows are read in random order: the kernel is told not to read ahead."""
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if hasattr(mmap, "MADV_RANDOM"):
-        mapped.madvise(mmap.MADV_RANDOM)
-    return np.frombuffer(mapped, dtype, size)
+def _described(directory: Path) -> dict[str, Any]:
+    """What a store says of itself. Raises InputError where a file of it has not the size it was written with."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        described = json.loads((directory / store.DESCRIPTION).read_text(encoding="utf-8"))
+        for name, size in described["files"].items():
+            found = (directory / name).stat().st_size
+            if found != size:
+                raise InputError(
+                    f"the token store {directory} is damaged: {name} has {found} bytes, not the {size} it was written "
+                    "with; delete the folder and start again, it is then made anew"
+                )
+        return described
+    raise InputError(
+        f"the token store {directory} is damaged: a file of it is missing or can't be read; delete the folder and "
+        "start again, it is then made anew"
+    )

@@ -1,99 +1,219 @@
 import subprocess
 import sys
+import textwrap
 
 import numpy as np
 import pytest
 
 from lm.config import InputError
-from lm.data import cache, tokenizer
-from lm.data.tokens import tokenize
+from lm.data import cache, store, tokens
+from lm.data.corpus import open_corpus
+from lm.data.tokenizer import ByteTokenizer, train_bpe
+from lm.data.tokens import Sizes, tokenize
 
-BYTES = tokenizer.ByteTokenizer()
+BYTES = ByteTokenizer()
+
+
+def ids_of(store):
+    return store.read(0, store.num_tokens).tolist()
+
+
+def columns(store):
+    """All that a store says of its documents."""
+    numbers = range(len(store))
+    return [(store.document_id(n), store.document(n).tolist(), store.sizes(n)) for n in numbers], store.corpus_sha256
+
+
+def stores():
+    return sorted(path.name for path in cache.directory("tokens").iterdir())
 
 
 def test_a_store_holds_every_document_between_bos_and_eos(corpus_of):
-    store = tokenize(corpus_of("ab", "", "é c\n d"), BYTES)
-    assert store.ids.tolist() == [256, 97, 98, 257, 256, 257, 256, *"é c\n d".encode(), 257]
-    assert store.offsets.tolist() == [0, 4, 6, 15]
-    assert [store.document(i).tolist() for i in range(3)] == [[97, 98], [], list("é c\n d".encode())]
-    assert (store.bytes_D.tolist(), store.words_D.tolist()) == ([2, 0, 7], [1, 0, 3])
-    assert (store.document_ids, len(store), store.num_tokens) == (["doc0", "doc1", "doc2"], 3, 15)
-    assert (store.bos, store.eos, store.ids.dtype) == (True, True, np.uint16)
-    assert store.offsets.dtype == store.bytes_D.dtype == store.words_D.dtype == np.int64
+    made = tokenize(corpus_of("ab", "é c\n d"), BYTES)
+    assert ids_of(made) == [256, 97, 98, 257, 256, *"é c\n d".encode(), 257]
+    assert made.offsets[:].tolist() == [0, 4, 13]
+    assert [made.document(n).tolist() for n in range(2)] == [[97, 98], list("é c\n d".encode())]
+    assert [made.sizes(n) for n in range(2)] == [Sizes(2, 1), Sizes(7, 3)]
+    assert ([made.document_id(n) for n in range(2)], len(made), made.num_tokens) == (["doc0", "doc1"], 2, 13)
+    assert (made.bos, made.eos, made.read(0, 1).dtype, made.prompts) == (256, 257, np.uint16, None)
 
 
-def test_what_the_tokenizer_has_not_is_not_added(corpus_of, monkeypatch):
-    one = tokenizer.ByteTokenizer()
+def test_what_the_tokenizer_has_not_is_not_added(corpus_of):
+    one = ByteTokenizer()
     one.bos = None
     one.vocab_size = 2**16 + 1
-    store = tokenize(corpus_of("ab", "c"), one)
-    assert store.ids.tolist() == [97, 98, 257, 99, 257]
-    assert (store.bos, store.eos, store.ids.dtype) == (False, True, np.uint32)
-    assert store.document(1).tolist() == [99]
+    made = tokenize(corpus_of("ab", "c"), one)
+    assert ids_of(made) == [97, 98, 257, 99, 257]
+    assert (made.bos, made.eos, made.read(0, 1).dtype) == (None, 257, np.uint32)
+    assert made.document(1).tolist() == [99]
 
 
-def test_a_store_is_made_once_for_each_text_and_tokenizer(corpus_of, monkeypatch):
+def test_a_store_is_made_once_for_each_text_and_tokenizer(corpus_of):
     calls = []
     first = tokenize(corpus_of("ab", "c"), BYTES, progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(2, 2)]
+    assert calls and calls[-1][0] == calls[-1][1] and calls == sorted(calls)
     again = tokenize(corpus_of("ab", "c", source="elsewhere"), BYTES, progress=lambda *_: pytest.fail("made again"))
     assert (again.fingerprint, again.source) == (first.fingerprint, "elsewhere")
     assert tokenize(corpus_of("ab", "C"), BYTES).fingerprint != first.fingerprint
-    assert tokenize(corpus_of("ab", "c"), tokenizer.train_bpe(["abc"], 260)).fingerprint != first.fingerprint
-    assert len(list(cache.directory("tokens").iterdir())) == 3
+    assert tokenize(corpus_of("ab", "c"), train_bpe(["abc"], 260)).fingerprint != first.fingerprint
+    assert len(stores()) == 3
 
 
-def test_ids_cannot_be_written_to(corpus_of):
-    with pytest.raises(ValueError, match="read-only"):
-        tokenize(corpus_of("ab"), BYTES).ids[0] = 0
+def test_neither_batches_nor_processes_show(corpus_of, monkeypatch):
+    """Documents are cut into parts to be encoded; words that run over a cut are one."""
+    texts = [f"text {n} wörds " * n for n in range(1, 30)] + ["x" * 1000, " \n " * 200]
+    whole = columns(tokenize(corpus_of(*texts), BYTES))
+    assert [sizes.words for _, _, sizes in whole[0]] == [len(text.split()) for text in texts]
+    for number, (batch, small, processes) in enumerate([(50, 2**24, 1), (100, 0, 2), (2**20, 0, 3)]):
+        monkeypatch.setattr(store, "BATCH_CHARACTERS", batch)
+        monkeypatch.setattr(store, "SMALL_BYTES", small)
+        monkeypatch.setattr(store, "FORMAT_VERSION", -number)
+        assert columns(tokenize(corpus_of(*texts), BYTES, processes=processes)) == whole
+    assert len(stores()) == 4
 
 
-def test_batches_of_text_do_not_show_in_the_store(corpus_of, monkeypatch):
-    texts = [f"text {n} " * n for n in range(30)]
-    whole = tokenize(corpus_of(*texts), BYTES).ids.tolist()
-    monkeypatch.setattr("lm.data.tokens.BATCH_CHARACTERS", 100)
-    monkeypatch.setattr("lm.data.tokens.FORMAT_VERSION", -1)
-    assert tokenize(corpus_of(*texts), BYTES).ids.tolist() == whole
+def test_the_prompt_of_a_pair_is_known(tmp_path):
+    (tmp_path / "a.tsv").write_text("a cat\tun chat\nno\tnon\n")
+    made = tokenize(open_corpus(f"pairs:{tmp_path}/a.tsv", pair_separator=" = "), BYTES)
+    assert BYTES.decode(made.document(0)) == "a cat = un chat"
+    assert made.prompts[:].tolist() == [1 + len("a cat = "), 1 + len("no = ")]
+    assert [made.sizes(n) for n in range(2)] == [Sizes(7, 2, 8, 3), Sizes(3, 1, 5, 2)]
+    joined = tokenize(open_corpus(f"pairs:{tmp_path}/a.tsv", pair_separator="-"), BYTES)
+    assert joined.sizes(0) == Sizes(7, 2, 6, 1), "a cat-un chat has three words"
 
 
 def test_text_without_text_is_refused_and_nothing_is_kept(corpus_of):
-    with pytest.raises(InputError, match="memory has no text: its 2 documents are empty"):
+    with pytest.raises(InputError, match="all its 2 documents are empty"):
         tokenize(corpus_of("", ""), BYTES)
-    assert not list(cache.directory("tokens").iterdir())
+    assert [name[-5:] for name in stores()] == [".lock"]
 
 
-def test_two_processes_tokenise_at_once(tmp_path):
+def test_empty_documents_are_counted(corpus_of):
+    made = tokenize(corpus_of("a", "", "b"), BYTES)
+    assert (len(made), made.skipped) == (2, 1)
+
+
+def test_bad_text_leaves_other_stores_alone(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good"}\n')
+    good = columns(tokenize(open_corpus(f"jsonl:{path}"), BYTES))
+    path.write_text('{"text": "good"}\n{"text": "\\ud800"}\n')
+    with pytest.raises(InputError, match="a.jsonl, line 2"):
+        tokenize(open_corpus(f"jsonl:{path}"), BYTES)
+    path.write_text('{"text": "good"}\n')
+    assert columns(tokenize(open_corpus(f"jsonl:{path}"), BYTES)) == good
+    assert [name.rpartition(".")[2] for name in stores() if name.startswith(".")] == ["lock"]
+
+
+BUILD = """
+    import os, resource, sys
+    from lm.config import InputError
+    from lm.data import corpus, store, tokens
+    from lm.data.tokenizer import ByteTokenizer
+    store.JOURNAL_CHARACTERS, store.BATCH_CHARACTERS = 2000, 500
+    source, what = sys.argv[1:]
+    done = 0
+    def progress(*_):
+        global done
+        done += 1
+        if what == "kill" and done == 37:
+            os.kill(os.getpid(), 9)
+    if what == "full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
+    try:
+        made = tokens.tokenize(corpus.open_corpus(source), ByteTokenizer(), progress=progress)
+        print(made.fingerprint, made.num_tokens)
+    except InputError as error:
+        print(error)
+"""
+
+
+def build(source, what=""):
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(BUILD), source, what],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def many(tmp_path):
+    """A source of fifty documents of 900 to 1000 bytes."""
     for n in range(50):
-        (tmp_path / f"{n:02}.txt").write_text(f"text {n} " * 200)
-    program = (
-        "from lm.data import corpus, tokenizer, tokens\n"
-        f"store = tokens.tokenize(corpus.open_corpus('text:{tmp_path}/*.txt'), tokenizer.ByteTokenizer())\n"
-        "print(store.fingerprint, store.num_tokens)"
-    )
-    processes = [
-        subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for _ in range(2)
-    ]
-    (one, error_one), (two, error_two) = [process.communicate() for process in processes]
-    assert (error_one, error_two) == (b"", b"")
-    assert one == two != b""
-    assert len(list(cache.directory("tokens").iterdir())) == 1
+        (tmp_path / f"{n:02}.txt").write_text(f"text {n:02} " * (100 + n // 5))
+    return f"text:{tmp_path}/*.txt"
 
 
-def test_a_killed_build_is_made_again(tmp_path, corpus_of):
-    program = (
-        "import os; from lm.data import corpus, tokenizer, tokens\n"
-        "text = corpus.Corpus('memory', ['doc0'], lambda index: 'ab')\n"
-        "tokens.tokenize(text, tokenizer.ByteTokenizer(), progress=lambda *_: os.kill(os.getpid(), 9))"
-    )
-    assert subprocess.run([sys.executable, "-c", program]).returncode == -9
-    assert tokenize(corpus_of("ab"), BYTES).document(0).tolist() == [97, 98]
+class Counting(ByteTokenizer):
+    """Remembers how many texts it has encoded."""
+
+    encoded = 0
+
+    def encode(self, text):
+        Counting.encoded += 1
+        return super().encode(text)
+
+
+@pytest.mark.parametrize("what", ["kill", "full"])
+def test_a_build_that_was_cut_short_is_gone_on_with(many, monkeypatch, what):
+    """By a kill, and by a disk that is full (a limit on the size of files stands for it)."""
+    process = build(many, what)
+    said, errors = process.communicate()
+    assert (process.returncode, errors) == ((-9, "") if what == "kill" else (0, ""))
+    if what == "full":
+        assert "can't be written" in said and "the same command goes on from where it was" in said
+    assert [name.rpartition(".")[2] for name in stores()] == ["building", "lock"]
+    monkeypatch.setattr(Counting, "encoded", 0)
+    resumed = columns(tokenize(open_corpus(many), Counting()))
+    assert 0 < Counting.encoded < 50
+    assert len(stores()) == 1
+    monkeypatch.setattr(store, "FORMAT_VERSION", -1)
+    assert columns(tokenize(open_corpus(many), BYTES)) == resumed
+
+
+def test_what_a_kill_left_behind_is_made_anew_where_it_can_not_be_used(many):
+    build(many, "kill").communicate()
+    (folder,) = cache.directory("tokens").glob(".*.building")
+    (folder / "ids.bin").write_bytes(b"short")
+    assert len(tokenize(open_corpus(many), BYTES)) == 50
+
+
+def test_two_processes_tokenise_at_once(many):
+    answers = [process.communicate() for process in [build(many) for _ in range(2)]]
+    assert [errors for _, errors in answers] == ["", ""]
+    assert answers[0] == answers[1] != ("", "")
+    assert len(stores()) == 1
+
+
+@pytest.mark.parametrize("name", ["ids.bin", "offsets.bin", "names.bin", "store.json"])
+def test_a_store_that_was_damaged_is_said(corpus_of, name):
+    made = tokenize(corpus_of("some text", "more"), BYTES)
+    path = made.directory / name
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match=f"the token store {made.directory} is damaged: .* delete the folder"):
+        tokenize(corpus_of("some text", "more"), BYTES)
+
+
+def test_a_store_that_is_cut_off_while_it_is_read_is_said(corpus_of):
+    made = tokenize(corpus_of("some text", "more"), BYTES)
+    (made.directory / "ids.bin").write_bytes(b"")
+    with pytest.raises(InputError, match=r"ids.bin is damaged: it has 0 bytes"):
+        made.read(0, 5)
 
 
 def test_the_builtin_corpus_comes_back_from_its_ids(builtin):
     validation = builtin[1]
-    store = tokenize(validation, BYTES)
-    for index, (name, text) in enumerate(validation):
-        assert store.document_ids[index] == name
-        assert BYTES.decode(store.document(index)) == text
-        assert store.words_D[index] == len(text.split())
+    made = tokenize(validation, BYTES)
+    for index, document in enumerate(validation):
+        assert made.document_id(index) == document.id
+        assert BYTES.decode(made.document(index)) == document.text
+        assert made.sizes(index).words == len(document.text.split())
+
+
+def test_reads_run_over_shards(corpus_of):
+    made = tokenize(corpus_of("some text"), BYTES)
+    whole = ids_of(made)
+    parts = [tokens.Column(made.directory / "ids.bin", np.uint16, size, offset=2 * at) for at, size in ((0, 4), (4, 7))]
+    sharded = tokens.TokenStore(made.directory, source="", tokenizer=BYTES, shards=parts)
+    for start in range(len(whole) + 1):
+        for stop in range(start, len(whole) + 1):
+            assert sharded.read(start, stop).tolist() == whole[start:stop]
