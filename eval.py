@@ -2,19 +2,16 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
 from lm import cli
-from lm.config import InputError
+from lm.observe.bar import Bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +21,7 @@ class Arguments:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run directory, or one checkpoint inside it."""
     data: str | None = None
-    """Source of text. None: the validation text of the run."""
+    """Source of text, or the name of one of the run's validation texts. None: the first of these."""
     window: int | None = None
     """Longest input the model sees, in tokens. None: evaluation.window of the run, else its training context."""
     stride: int | None = None
@@ -41,22 +38,18 @@ class Arguments:
 
 def evaluate(argv: Sequence[str]) -> None:
     arguments = cli.parse(Arguments, argv, prog="eval.py")
-    target = None if arguments.json is None else Path(arguments.json)
-    if target is not None and (target.is_dir() or not os.access(target.absolute().parent, os.W_OK)):
-        raise InputError(f"--json {target}: name a file, in a folder that is there and can be written to")
+    target = None if arguments.json is None else cli.writable_file("--json", arguments.json)
     from lm import api  # here, so that Ctrl-C ends the command cleanly while JAX is loading
 
     run = api.load(arguments.model, step=arguments.step, dtype=arguments.compute_dtype)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("scoring")
+    with Bar(Console(stderr=True)) as bar:
         scores = api.evaluate(
             run,
             arguments.data,
             window=arguments.window,
             stride=arguments.stride,
             batch_size=arguments.batch_size,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=bar,
         )
     result = scores.to_dict()
     _show(result)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
 import tyro
+from rich.console import Console
 
 from lm import cli
-from lm.config import InputError, nearest
+from lm.config import DataConfig, InputError, RunConfig, TokenizerConfig, nearest
+from lm.observe.bar import Bar
+from lm.validation import validate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,18 +61,95 @@ def generate(argv: Sequence[str]) -> None:
     print(("\n" + "-" * 60 + "\n").join(arguments.prompt + text for text in texts))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"generate": generate}
+@dataclasses.dataclass(frozen=True)
+class InspectData:
+    """Shows what a source of text holds: documents, tokens, bytes per token, and some rows with their boundaries."""
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """Source of text, as in data.train."""
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    rows: int = 3
+    """Rows of the first batch to show."""
+    seed: int = 0
+    """Seed of the order of the rows."""
+
+
+def inspect_data(argv: Sequence[str]) -> None:
+    """Prints the totals and the rows."""
+    arguments = cli.parse(InspectData, argv, prog="python -m lm data inspect")
+    from lm.data import inspection
+
+    data = dataclasses.replace(arguments.data, train=arguments.source)
+    validate(RunConfig(data=data, tokenizer=arguments.tokenizer))
+    with Bar(Console(stderr=True)) as bar:
+        lines = inspection.inspect(
+            data, arguments.tokenizer, rows_shown=arguments.rows, seed=arguments.seed, progress=bar
+        )
+        for line in lines:
+            print(line)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainTokenizer:
+    """Trains a BPE tokenizer on sources of text and writes it as a tokenizer.json."""
+
+    sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """Sources of text, as in data.train."""
+    output: str = "tokenizer.json"
+    """Where to write it."""
+    vocab_size: int = 4096
+    """Tokens, special tokens included."""
+    byte_fallback: bool = False
+    """Train on characters, with byte tokens for those left out, instead of on bytes."""
+    special_tokens: tuple[str, ...] = ()
+    """Special tokens besides BOS and EOS."""
+    document_separator: str | None = None
+    """Splits each text file into documents. None: one document a file."""
+
+
+def train_tokenizer(argv: Sequence[str]) -> None:
+    """Trains, writes, and says what came out."""
+    arguments = cli.parse(TrainTokenizer, argv, prog="python -m lm tokenizer train")
+    if not arguments.sources:
+        raise InputError("no source of text to train on: name one or more, as in data.train")
+    output = cli.writable_file("--output", arguments.output)
+    from lm.data import tokenizer
+    from lm.data.corpus import open_corpus
+
+    corpora = [open_corpus(source, document_separator=arguments.document_separator) for source in arguments.sources]
+    with Bar(Console(stderr=True)) as bar:
+        trained = tokenizer.train_tokenizer(
+            corpora,
+            arguments.vocab_size,
+            byte_fallback=arguments.byte_fallback,
+            special_tokens=arguments.special_tokens,
+            progress=functools.partial(bar, "training the tokenizer"),
+        )
+    saved = trained.save(output)
+    print(f"saved      {saved}: {trained.vocab_size:,} tokens, BOS {trained.bos}, EOS {trained.eos}")
+    place = shlex.quote(str(saved))
+    print(f"next       python train.py --tokenizer.kind file --tokenizer.path {place} --data.train SOURCE")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "generate": generate,
+    "data inspect": inspect_data,
+    "tokenizer train": train_tokenizer,
+}
 
 
 def main(argv: Sequence[str]) -> None:
-    """Finds the subcommand and runs it."""
-    usage = f"usage: python -m lm {{{','.join(COMMANDS)}}} ... (each has --help)"
+    """Finds the subcommand, of one word or two, and runs it."""
+    usage = f"usage: python -m lm COMMAND ... (each has --help), COMMAND one of: {', '.join(COMMANDS)}"
     if not argv or argv[0] in ("-h", "--help"):
         print(usage, file=sys.stdout if argv else sys.stderr)
         sys.exit(0 if argv else 2)
-    if argv[0] not in COMMANDS:
-        raise InputError(f"no command {argv[0]!r}{nearest(argv[0], COMMANDS)}\n{usage}")
-    COMMANDS[argv[0]](argv[1:])
+    for words in (1, 2):
+        name = " ".join(argv[:words])
+        if name in COMMANDS:
+            return COMMANDS[name](argv[words:])
+    raise InputError(f"no command {' '.join(argv[:2])!r}{nearest(' '.join(argv[:2]), COMMANDS)}\n{usage}")
 
 
 if __name__ == "__main__":

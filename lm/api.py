@@ -6,42 +6,36 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import json
-import math
-import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-from jax.sharding import Mesh
 from rich.console import Console
 
 from lm import checkpoint, generation
 from lm.checkpoint import Loaded
 from lm.config import EvaluationConfig, InputError, ParallelConfig, RunConfig, nearest
-from lm.data.corpus import Corpus, open_corpus, open_splits
+from lm.data.corpus import open_corpus
+from lm.data.source import parse_named
 from lm.data.tokenizer import Tokenizer
-from lm.data.tokens import tokenize
-from lm.evaluation import compression
+from lm.data.tokens import TokenStore
 from lm.evaluation.perplexity import Evaluator, Scores
 from lm.generation import Sampling
-from lm.manifest import add_metrics, fingerprint, read_manifest, write_atomically
-from lm.nn.language_model import model_specs
+from lm.manifest import read_manifest
+from lm.observe.bar import Bar
 from lm.observe.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, WandbWriter, Writer
-from lm.parallel import make_mesh, parameter_shardings
+from lm.parallel import make_mesh
 from lm.run_directory import locked
-from lm.training.loop import summary
-from lm.training.run import evaluator as make_evaluator
+from lm.training.conclusion import conclude, final_evaluation, score
 from lm.training.run import run as run_training
 from lm.training.signals import StopRequest
 from lm.training.start import Start, prepare
+from lm.training.texts import Progress, Validation, splits_of, store_of, validation_sha256
 
 __all__ = ["Loaded", "Scores", "evaluate", "generate", "load", "preset", "preset_names", "train"]
 
-EVALUATION = "eval.json"
 METRICS = "metrics.jsonl"
 
 
@@ -95,7 +89,8 @@ def train(config: RunConfig, workdir: str | Path) -> Loaded:
         there = workdir.is_dir()
         if there:
             held.enter_context(locked(workdir))
-        start = prepare(config, workdir, say)
+        with Bar(console) as bar:
+            start = prepare(config, workdir, say, bar)
         if not there:
             workdir.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(workdir))
@@ -111,8 +106,8 @@ def train(config: RunConfig, workdir: str | Path) -> Loaded:
             say(f"stopped    by {signal.Signals(stop.signal).name}; saved in {workdir}; the same command continues")
             raise SystemExit(128 + stop.signal)
         run = dataclasses.replace(checkpoint.load(workdir), config=start.config)  # its evaluation may have changed
-        result = _final_evaluation(run, start, workdir, say)
-    _conclude(run, result, workdir, say)
+        result = final_evaluation(run, start, workdir, say)
+    conclude(run, start.tokenizer, result, workdir, say)
     return run
 
 
@@ -137,39 +132,35 @@ def evaluate(
     window: int | None = None,
     stride: int | None = None,
     batch_size: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Scores:
     """Perplexity of a model on a source of text, each document's every token scored once.
 
     Args:
-      data: a source of text; None: the validation text of the run.
+      data: a source of text, or the name of one of the run's validation texts; None: the first of these.
       window: the longest input the model sees, in tokens; None: as in the run's config.
       stride: new tokens each window scores; None: as in the run's config, or the window where one is given.
       batch_size: windows at a time; changes no result.
-      progress: called with (tokens done, tokens in all).
+      progress: called with (what is being done, how much of it is done, how much there is).
     """
     config = run.config
-    if data is None:
-        text = open_splits(
-            config.data.train, config.data.validation, document_separator=config.data.document_separator
-        )[1]
-    else:
-        text = open_corpus(data, document_separator=config.data.document_separator)
     tokenizer = _tokenizer(run)
+    store = _store_to_score(run, data, progress)
     given = config.evaluation if window is None else EvaluationConfig(window=window)  # the run's stride fits its window
     window = config.data.context if given.window is None else given.window
     stride = stride if stride is not None else window if given.stride is None else given.stride
     mesh = make_mesh(ParallelConfig())
     evaluator = Evaluator(
         config.model,
-        tokenize(text, tokenizer),
+        store,
         tokenizer,
         window=window,
         stride=stride,
         batch_size=config.evaluation.batch_size if batch_size is None else batch_size,
         mesh=mesh,
+        score_prompts=config.data.prompt_loss,
     )
-    return _score(run, evaluator, mesh, progress)
+    return score(run, evaluator, mesh, None if progress is None else functools.partial(progress, "scoring"))
 
 
 def generate(
@@ -229,64 +220,29 @@ def _open_writers(start: Start, workdir: Path, console: Console) -> list[Writer]
 
 def _tokenizer(run: Loaded) -> Tokenizer:
     if run.tokenizer is None:
-        raise InputError(f"{run.path} has no tokenizer, so text can't be read or written: put its tokenizer.json there")
+        raise InputError(
+            f"{run.path} has no tokenizer, so text can't be read or written: put its tokenizer.json or .model there"
+        )
     return run.tokenizer
 
 
-def _validation_text(run: Loaded) -> Corpus:
-    """The text that the run was validated on; raises InputError where its source gives another text by now."""
-    data, saved = run.config.data, read_manifest(run.path).provenance
-    text = open_splits(data.train, data.validation, document_separator=data.document_separator)[1]
-    if text.fingerprint != saved["validation_sha256"]:
+def _store_to_score(run: Loaded, data: str | None, progress: Progress | None) -> TokenStore:
+    """The tokens of a source, or of a validation text of the run; raises InputError where that is another by now."""
+    config, tokenizer = run.config, _tokenizer(run)
+    given = config.data.validation
+    written = [given] if isinstance(given, str) else given or ()
+    if data is not None and data not in {parse_named(source)[0] for source in written} - {""}:
+        separators = (config.data.document_separator, config.data.pair_separator)
+        text = open_corpus(data, document_separator=separators[0], pair_separator=separators[1])
+        return store_of(text, tokenizer, config, progress)
+    validation = {
+        name: Validation(text, store_of(text, tokenizer, config, progress))
+        for name, text in splits_of(config).validation.items()
+    }
+    now, then = validation_sha256(validation), read_manifest(run.path).provenance["validation_sha256"]
+    if now != then:
         raise InputError(
-            f"the validation text of {run.path} is not what it was when the run was trained (sha256 "
-            f"{text.fingerprint[:12]} now, {saved['validation_sha256'][:12]} then): name a text with --data"
+            f"the validation text of {run.path} is not what it was when the run was trained (sha256 {now[:12]} now, "
+            f"{then[:12]} then): name a text with --data"
         )
-    return text
-
-
-def _score(run: Loaded, evaluator: Evaluator, mesh: Mesh, progress: Callable[[int, int], None] | None = None) -> Scores:
-    params = jax.device_put(run.params, parameter_shardings(mesh, model_specs(run.config.model)))
-    described = {"path": str(run.path), "step": run.step, "parameters": run.num_parameters}
-    return dataclasses.replace(evaluator(params, progress), model=described)
-
-
-def _final_evaluation(run: Loaded, start: Start, workdir: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Scores the whole validation text and keeps the result in the run; of a complete run it is there already."""
-    path, mesh = workdir / EVALUATION, make_mesh(start.config.parallel)
-    evaluator = make_evaluator(start, mesh, in_loop=False)
-    params_sha256 = fingerprint(read_manifest(run.path), "params")
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, KeyError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["model"]["params_sha256"] == params_sha256 and found["protocol"] == evaluator.protocol:
-            say(f"complete   {workdir} has used up its budget; a run by --training.steps goes on with more of them")
-            return found
-    yardsticks = compression.bits_per_byte(document.text for document in start.validation_text)
-    scores = _score(run, evaluator, mesh)
-    result = scores.to_dict()
-    result["model"]["params_sha256"] = params_sha256
-    result["compressors_bits_per_byte"] = yardsticks
-    write_atomically(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
-    if start.config.evaluation.every_steps is None:  # the only evaluation there is: then it says which step is best
-        add_metrics(run.path, summary(scores))
-    return result
-
-
-def _conclude(run: Loaded, result: dict[str, Any], workdir: Path, say: Callable[[str], None]) -> None:
-    """The last lines of a run: its numbers, a sample, where it lies and what to try next."""
-    if result["nats"] is None:
-        say("diverged   the loss is not a finite number: lower optimizer.learning_rate, or set optimizer.clip_norm")
-    else:
-        others = "".join(f", {name} {bits:.3f}" for name, bits in result["compressors_bits_per_byte"].items())
-        say(f"validation perplexity {result['perplexity'] or math.inf:.3f} over {result['tokens']:,} tokens")
-        say(f"           {result['bits_per_byte']:.3f} bits per byte" + (f" (the same text{others})" if others else ""))
-        prompt = run.config.observe.sample_prompt
-        if prompt is not None:
-            left = generation.room(run.config.model, len(generation.prompt_ids(_tokenizer(run), prompt)))
-            tokens = run.config.observe.sample_tokens if left is None else min(run.config.observe.sample_tokens, left)
-            say(f"sample     {prompt!r} goes on, at temperature 0.8:")
-            say(prompt + generate(run, [prompt], max_tokens=tokens, temperature=0.8)[0])
-    say(f"saved      {run.path}")
-    place = shlex.quote(str(workdir))
-    prompt = shlex.quote(run.config.observe.sample_prompt or "The ")
-    say(f"next       python eval.py {place}   or   python -m lm generate {place} --prompt {prompt}")
+    return validation[data or next(iter(validation))].store

@@ -39,6 +39,14 @@ def parse(kind: type[Arguments], arguments: Sequence[str], *, prog: str, default
     return tyro.cli(kind, args=list(arguments), prog=prog, config=config, default=default)
 
 
+def writable_file(flag: str, path: str) -> Path:
+    """The path of a file to write. Raises InputError, before any work is done, where it can't be."""
+    target = Path(path)
+    if target.is_dir() or not os.access(target.absolute().parent, os.W_OK):
+        raise InputError(f"{flag} {target}: name a file, in a folder that is there and can be written to")
+    return target
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainArguments:
     """Trains a language model. PRESET comes first: the name of a file in configs/, or the path of a .py file with a

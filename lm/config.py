@@ -123,8 +123,8 @@ class TokenizerConfig:
     kind: Literal["bytes", "bpe", "file"] = "bytes"
     """bytes: the 256 bytes with BOS and EOS. bpe: a BPE trained on data.train. file: one that is there, at path."""
     path: str | None = None
-    """Of kind "file": a tokenizer.json, a SentencePiece .model, a tiktoken rank file, GPT-2's vocab.json (its merges.txt
-    beside it), or the folder of one."""
+    """Of kind "file": a tokenizer.json, a SentencePiece .model, a tiktoken rank file, GPT-2's vocab.json with its
+    merges.txt beside it, or the folder of one."""
     vocab_size: int = 4096
     """Tokens in a trained BPE, special tokens included."""
     byte_fallback: bool = False
@@ -138,7 +138,7 @@ class DataConfig:
     """Where the text comes from and how it is cut into rows."""
 
     train: str = "builtin:python-stdlib"
-    """Source of the training text: builtin:, tfds:, text:, jsonl:, parquet:, tokens:, pairs: or mix:, see the README."""
+    """Source of the training text: builtin:, tfds:, text:, jsonl:, parquet:, tokens:, pairs:, mix: (see README.md)."""
     validation: str | tuple[str, ...] | None = None
     """Source of the validation text; several as NAME=SOURCE each, the first chooses the best checkpoint. None: the
     dataset's own validation or test split, else a tenth of train."""

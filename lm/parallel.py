@@ -123,6 +123,20 @@ def check_batch(rows: int, micro_batches: int, mesh: Mesh) -> None:
         )
 
 
+def own_rows(mesh: Mesh, rows: int) -> slice:
+    """The rows of a global batch that the devices of this process hold: those it has to read."""
+    places = _row_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    slices = [place[0].indices(rows) for place in places if place is not None]
+    start, stop = min(one[0] for one in slices), max(one[1] for one in slices)
+    covered = {row for begin, end, _ in slices for row in range(begin, end)}
+    assert len(covered) == stop - start, "the rows of a process lie apart: the mesh's devices are not in host order"
+    return slice(start, stop)
+
+
 def put_rows(mesh: Mesh, rows: Any) -> Any:
-    """Puts a tree of host arrays [B, ...] on the mesh, split by rows."""
-    return jax.device_put(rows, NamedSharding(mesh, PartitionSpec(RULES["batch"])))
+    """Puts a tree of host arrays [B, ...] on the mesh, split by rows: of a global batch this process's `own_rows`."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(_row_sharding(mesh), x), rows)
+
+
+def _row_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))

@@ -7,57 +7,89 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
 
-from lm.config import InputError
-from lm.data.packing import Batch, cut_rows
-from lm.data.tokens import TokenStore
+from lm.data.mixture import Mixture
+from lm.data.packing import Batch
+from lm.data.rows import Rows
 
-PREFETCH_THREADS = 2
 PREFETCH_BATCHES = 4
 
 
 class Pipeline:
-    """The training batches of a token store.
+    """The training batches of one or several token stores, as (weight, rows) each.
 
-    An epoch is all rows of the stream in an order of its own. Where its first cut falls is drawn for each epoch, so
-    that a small corpus doesn't show the same cuts again and again.
+    An epoch of a store is all its rows in an order of its own. Those of several are interleaved by weight, each going
+    through epochs of its own; `rows_per_epoch` is then all rows that they have together, a measure of length: a store
+    with a large weight is seen more than once in that time, one with a small weight in part.
     """
 
-    def __init__(self, store: TokenStore, *, context: int, batch_size: int, seed: int):
-        if store.num_tokens < context:
-            raise InputError(
-                f"{store.source} has {store.num_tokens} tokens, less than one row of data.context {context}: "
-                f"use more text or a context of at most {store.num_tokens}"
-            )
-        self.store, self.context, self.batch_size, self.seed = store, context, batch_size, seed
-        self.rows_per_epoch = -(-store.num_tokens // context)
-        self.tokens_per_step = batch_size * context
+    def __init__(self, components: Sequence[tuple[float, Rows]], *, batch_size: int, seed: int):
+        self.components = tuple(rows for _, rows in components)
+        self.batch_size = batch_size
+        (self.context,) = {rows.context for rows in self.components}
+        self.rows_per_epoch = sum(len(rows) for rows in self.components)
+        self.tokens_per_step = batch_size * self.context
+        self._mixture = Mixture([weight for weight, _ in components])
+        self._seeds = [_component_seed(seed, number) for number in range(len(components))]
         # Shuffle before repeat: each epoch is then a permutation of the rows, and another one.
-        self._order = grain.MapDataset.range(self.rows_per_epoch).seed(seed).shuffle().repeat()
+        self._orders = [
+            grain.MapDataset.range(len(rows)).seed(of_its_own).shuffle().repeat()
+            for rows, of_its_own in zip(self.components, self._seeds, strict=True)
+        ]
 
     def batch_at(self, step: int, rows: slice | None = None) -> Batch:
         """The batch of a step (from 0), or some rows of it: a host's share."""
         wanted = range(step * self.batch_size, (step + 1) * self.batch_size)[rows or slice(None)]
-        epochs_B = np.array([index // self.rows_per_epoch for index in wanted], np.int64)
-        rows_B = np.array([self._order[index] for index in wanted], np.int64)
-        cuts = {epoch: self._first_cut(epoch) for epoch in set(epochs_B.tolist())}
-        begins_B = rows_B * self.context
-        size = self.store.num_tokens
-        starts_B = (np.array([cuts[epoch] for epoch in epochs_B.tolist()], np.int64) + begins_B) % size
-        lengths_B = np.minimum(self.context, size - begins_B)
-        return cut_rows(self.store.ids, self.store.offsets, starts_B, lengths_B, context=self.context)
+        located = [self._mixture.locate(index) for index in wanted]
+        parts = {number: self._cut(number, located) for number in sorted({number for number, _ in located})}
+        if len(parts) == 1:
+            return parts.popitem()[1]
+        batch = Batch(*(np.empty((len(wanted), self.context), array.dtype) for array in next(iter(parts.values()))))
+        for number, part in parts.items():
+            places = [place for place, (component, _) in enumerate(located) if component == number]
+            for whole, array in zip(batch, part, strict=True):
+                whole[places] = array
+        return batch
 
-    def iterate(self, start_step: int = 0, rows: slice | None = None) -> Iterator[Batch]:
-        """The same batches from `start_step` on, without end, made ahead of time in background threads."""
+    def iterate(self, start_step: int = 0, rows: slice | None = None, *, threads: int = 2) -> Iterator[Batch]:
+        """The same batches from `start_step` on, without end, made ahead of time in background threads.
+
+        `close()` of the iterator ends the threads; what is raised in one is raised here, in its batch's turn.
+        """
         batches = grain.MapDataset.range(start_step, sys.maxsize).map(lambda step: self.batch_at(step, rows))
-        options = grain.ReadOptions(num_threads=PREFETCH_THREADS, prefetch_buffer_size=PREFETCH_BATCHES)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(PREFETCH_BATCHES, 2 * threads))
         return iter(batches.to_iter_dataset(options))
 
-    def _first_cut(self, epoch: int) -> int:
-        """Where in the stream an epoch begins. A hash, because NumPy's generators may change between versions."""
-        digest = hashlib.sha256(f"first cut of epoch {epoch}, seed {self.seed}".encode()).digest()
-        return int.from_bytes(digest[:16]) % self.store.num_tokens
+    def shares(self, steps: int) -> list[float]:
+        """The share of each component in the rows of the first steps: counted, not the weights."""
+        rows = steps * self.batch_size
+        return [count / rows for count in self._mixture.counts(rows)]
+
+    def fill(self, steps: int) -> float:
+        """The part of all positions of the first steps that hold tokens, on average: the rest is padding."""
+        tokens_a_row = [rows.store.num_tokens / len(rows) for rows in self.components]
+        return (
+            sum(share * tokens for share, tokens in zip(self.shares(steps), tokens_a_row, strict=True)) / self.context
+        )
+
+    def _cut(self, number: int, located: list[tuple[int, int]]) -> Batch:
+        """The rows of a component, of those located."""
+        rows, order = self.components[number], self._orders[number]
+        indices = [index for component, index in located if component == number]
+        return rows.cut(
+            [order[index] for index in indices], [index // len(rows) for index in indices], seed=self._seeds[number]
+        )
+
+
+def _component_seed(seed: int, number: int) -> int:
+    """A component's own: two with the same text must not show the same rows together. Of the first, the run's own.
+
+    Not seed + number: a seed one higher is the order of an epoch later.
+    """
+    if not number:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"component {number}, seed {seed}".encode()).digest()[:4])

@@ -108,6 +108,8 @@ class Evaluator:
       cfg: a resolved model config.
       store: the tokenised documents.
       tokenizer: whose ids they are; its `first_id` goes before every document.
+      score_prompts: whether a document's prompt is scored; else it is context alone, and its words and bytes don't
+        count either.
       window, stride: in tokens, 1 <= stride <= window.
       batch_size: rows at a time, rounded up to a multiple of the devices; changes results by rounding only.
       mesh: where the parameters live.
@@ -125,6 +127,7 @@ class Evaluator:
         batch_size: int,
         mesh: Mesh,
         max_tokens: int | None = None,
+        score_prompts: bool = False,
     ):
         _check_window(cfg, window, stride)
         self.cfg, self.store, self.mesh = cfg, store, mesh
@@ -133,9 +136,13 @@ class Evaluator:
             raise InputError(f"batch_size is {batch_size}: use 1 window or more")
         self.rows = -(-batch_size // batch_shards(mesh)) * batch_shards(mesh)
         self.documents = _first_documents(store, max_tokens)
-        targets = [len(store.document(document)) - (self.first_id is None) for document in self.documents]
-        self.tokens = sum(max(count, 0) for count in targets)
-        self.row_length = min(window, max(1, *targets))  # no row longer than the longest document
+        self.prompts = None if score_prompts else store.prompts
+        longest = self.tokens = 0
+        for document in self.documents:
+            length = len(store.document(document)) + (self.first_id is not None)
+            longest = max(longest, length)
+            self.tokens += max(length - self._unscored(document), 0)
+        self.row_length = min(window, max(1, longest - 1))  # no row longer than the longest document
         self.protocol = {
             "window": window,
             "stride": stride,
@@ -148,6 +155,8 @@ class Evaluator:
             "bytes": "utf-8",
             "compute_dtype": cfg.compute_dtype,
         }
+        if store.prompts is not None:
+            self.protocol["prompts"] = "scored" if score_prompts else "context"
 
     def __call__(self, params: Any, progress: Callable[[int, int], None] | None = None) -> Scores:
         """Scores all documents; `progress` is told the tokens done and the tokens in all, a batch at a time."""
@@ -177,11 +186,15 @@ class Evaluator:
     def _total(self, nats_D: np.ndarray, tokens_D: np.ndarray, seconds: float) -> Scores:
         if not tokens_D.sum():
             raise InputError(f"nothing to score in {self.store.source}: no document has a token with one before it")
+        words = size = 0
+        for sizes in map(self.store.sizes, self.documents):
+            words += sizes.words + (0 if self.prompts is not None else sizes.prompt_words)
+            size += sizes.bytes + (0 if self.prompts is not None else sizes.prompt_bytes)
         return Scores(
             nats=math.fsum(nats_D),
             tokens=int(tokens_D.sum()),
-            words=int(self.store.words_D[self.documents].sum()),
-            bytes=int(self.store.bytes_D[self.documents].sum()),
+            words=words,
+            bytes=size,
             documents=len(self.documents),
             standard_error=ratio_standard_error(nats_D, tokens_D),
             protocol=self.protocol,
@@ -218,8 +231,20 @@ class Evaluator:
         head = np.array([] if self.first_id is None else [self.first_id], np.int32)
         for document in self.documents:
             ids = np.concatenate([head, self.store.document(document)])
+            unscored = self._unscored(document)
             for window in windows(len(ids), window=self.window, stride=self.stride):
-                yield document, ids, window
+                # Of a window's last targets those that lie behind the prompt.
+                scored = min(window.scored, window.end + 1 - unscored)
+                if scored > 0:
+                    yield document, ids, window._replace(scored=scored)
+
+    def _unscored(self, document: int) -> int:
+        """How many ids of a document, with what goes before it, aren't scored: the first one, and the prompt."""
+        head = int(self.first_id is not None)
+        if self.prompts is None:
+            return 1
+        prompt = int(self.prompts[document])  # counts the store's BOS, if there is one
+        return max(head + prompt - (prompt > 0 and self.store.bos is not None), 1)
 
     def _empty(self) -> tuple[Batch, np.ndarray]:
         shape = (self.rows, self.row_length)
@@ -262,7 +287,7 @@ def _first_documents(store: TokenStore, max_tokens: int | None) -> list[int]:
     """All documents, or the first by hash of their id while they hold at most `max_tokens`; at least one."""
     if max_tokens is None:
         return list(range(len(store)))
-    order = sorted(range(len(store)), key=lambda i: hashlib.sha256(store.document_ids[i].encode()).digest())
+    order = sorted(range(len(store)), key=lambda i: hashlib.sha256(store.document_id(i).encode()).digest())
     taken: list[int] = []
     tokens = 0
     for document in order:

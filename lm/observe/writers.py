@@ -266,9 +266,10 @@ def _numbers(record: Mapping[str, Any]) -> list[str]:
 
 
 def _evaluated(record: Mapping[str, Any]) -> list[str]:
-    """The prefixes of the evaluations in a record: eval/, or eval/NAME/ of several."""
+    """The prefixes of the evaluations in a record: eval/, or where there are names eval/NAME/ of each."""
     ending = "nats_per_token"
-    return [name.removesuffix(ending) for name in record if name.startswith("eval/") and name.endswith(ending)]
+    found = [name.removesuffix(ending) for name in record if name.startswith("eval/") and name.endswith(ending)]
+    return [prefix for prefix in found if prefix != "eval/"] or found
 
 
 def _evaluation(record: Mapping[str, Any], prefix: str) -> str:

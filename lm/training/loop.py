@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,8 +26,8 @@ class Hands:
 
     step: Callable[[TrainState, Batch, np.float32], tuple[TrainState, Sums]]
     batches: Iterator[Batch]  # on the devices, from the first step on
-    evaluate: Callable[[Any], Scores]
-    save: Callable[[int, TrainState, float, Scores | None], None]  # step, state, seconds of training, its evaluation
+    evaluate: Callable[[Any], dict[str, Scores]]  # of each validation text; the first one says what is best
+    save: Callable[[int, TrainState, float, dict[str, Scores] | None], None]  # step, state, seconds, its evaluation
     write: Callable[[dict[str, Any]], None]  # one record of metrics
 
 
@@ -66,10 +67,11 @@ def train(
     clock = Clock(seconds)
     log = _Log(cfg, hands.write, flops_per_token, peak_flops)
     saved: int | None = step if step else None
-    scores: Scores | None = None
+    scores: dict[str, Scores] | None = None
     while not budget.done(step, clock.seconds()) and stop.signal is None:
         progress = np.float32(budget.progress(step, clock.seconds()))
-        state, sums = hands.step(state, next(hands.batches), progress)
+        batch = log.timed(hands.batches)
+        state, sums = hands.step(state, batch, progress)
         step += 1
         log.hold(step, sums, clock)
         scores = None
@@ -77,9 +79,10 @@ def train(
             log.flush(clock)
             scores = hands.evaluate(state.params)
             hands.write({"step": step, **summary(scores)})
-        better = scores is not None and scores.nats_per_token < best  # never where it is NaN
-        if scores is not None and better:
-            best = scores.nats_per_token
+        nats = math.inf if scores is None else next(iter(scores.values())).nats_per_token
+        better = nats < best  # never where it is NaN
+        if better:
+            best = nats
         if better or _due(step, cfg.checkpoint.every_steps):
             log.flush(clock)
             hands.save(step, state, clock.seconds(), scores)
@@ -93,9 +96,15 @@ def train(
     return state, step, clock.seconds()
 
 
-def summary(scores: Scores) -> dict[str, float]:
-    """An evaluation as metrics."""
-    return {f"eval/{name}": getattr(scores, name) for name in ("nats_per_token", "perplexity", "bits_per_byte")}
+def summary(scores: dict[str, Scores]) -> dict[str, float]:
+    """An evaluation as metrics: eval/… of the first validation text, and eval/NAME/… of each that has a name."""
+    metrics = ("nats_per_token", "perplexity", "bits_per_byte")
+    first = next(iter(scores.values()))
+    found = {f"eval/{metric}": getattr(first, metric) for metric in metrics}
+    for name, each in scores.items():
+        if name:
+            found |= {f"eval/{name}/{metric}": getattr(each, metric) for metric in metrics}
+    return found
 
 
 class _Log:
@@ -110,6 +119,14 @@ class _Log:
         self.held: tuple[int, Sums] | None = None
         self.since = time.perf_counter()
         self.steps_since = 0
+        self.waited = 0.0
+
+    def timed(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch; how long it took is logged."""
+        began = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - began
+        return batch
 
     def hold(self, step: int, sums: Sums, clock: Clock) -> None:
         """Writes what is held, and holds this step instead."""
@@ -137,13 +154,14 @@ class _Log:
                 "train/grad_norm": float(sums.grad_norm),
                 "train/learning_rate": float(sums.learning_rate),
                 "train/tokens_per_second": rate,
+                "train/data_seconds": self.waited / self.steps_since,
                 "train/mfu": rate * self.flops_per_token / self.peak if self.peak else None,
             }
         )
         self.restart_timer()
 
     def restart_timer(self) -> None:
-        self.since, self.steps_since = time.perf_counter(), 0
+        self.since, self.steps_since, self.waited = time.perf_counter(), 0, 0.0
 
 
 def _due(step: int, every: int | None) -> bool:

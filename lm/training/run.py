@@ -6,6 +6,7 @@ import functools
 import math
 import platform
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -22,15 +23,16 @@ from lm.data.pipeline import Batch
 from lm.evaluation.perplexity import Evaluator, Scores
 from lm.manifest import read_manifest
 from lm.nn.language_model import model_specs
-from lm.parallel import constrainer, make_mesh, put_rows
+from lm.parallel import constrainer, make_mesh, own_rows, put_rows
 from lm.run_directory import BEST
 from lm.training import loop
 from lm.training.flops import flops_per_token, peak_flops
 from lm.training.optimizer import make_optimizer
 from lm.training.signals import StopRequest
-from lm.training.start import Say, Start
+from lm.training.start import Start
 from lm.training.state import TrainState, abstract_state, create_state
 from lm.training.step import train_step
+from lm.training.texts import Say
 
 
 def run(start: Start, workdir: Path, *, write: Callable[[dict[str, Any]], None], say: Say, stop: StopRequest) -> None:
@@ -58,7 +60,7 @@ def run(start: Start, workdir: Path, *, write: Callable[[dict[str, Any]], None],
     ) as checkpoints:
         write({"start": _describe(start, mesh)})  # after the config is there: what has metrics is a run
 
-        def save(step: int, state: TrainState, seconds: float, scores: Scores | None) -> None:
+        def save(step: int, state: TrainState, seconds: float, scores: dict[str, Scores] | None) -> None:
             rest = {"step": state.step, "seconds": np.float64(seconds)}
             items = {"params": state.params, "opt_state": state.opt_state, "rest": rest}
             checkpoints.save(step, items, None if scores is None else loop.summary(scores))
@@ -71,26 +73,33 @@ def run(start: Start, workdir: Path, *, write: Callable[[dict[str, Any]], None],
             _best_nats(workdir),
             cfg=cfg,
             budget=start.budget,
-            hands=loop.Hands(run_step, _batches(start, step, mesh), evaluator(start, mesh, in_loop=True), save, write),
+            hands=loop.Hands(run_step, _batches(start, step, mesh), _evaluate(start, mesh), save, write),
             flops_per_token=flops_per_token(cfg.model, cfg.data.context),
             peak_flops=None if peak is None else peak * mesh.size,
             stop=stop,
         )
 
 
-def evaluator(start: Start, mesh: Mesh, *, in_loop: bool) -> Evaluator:
-    """The evaluation of a run's validation text; in the loop it may take only part of it."""
+def _evaluate(start: Start, mesh: Mesh) -> Callable[[Any], dict[str, Scores]]:
+    """The evaluation in the loop, of all validation texts by their names."""
+    evaluators = {name: evaluator(start, name, mesh, in_loop=True) for name in start.validation}
+    return lambda params: {name: each(params) for name, each in evaluators.items()}
+
+
+def evaluator(start: Start, name: str, mesh: Mesh, *, in_loop: bool) -> Evaluator:
+    """The evaluation of one of a run's validation texts; in the loop it may take only part of it."""
     cfg = start.config
     window = cfg.evaluation.window or cfg.data.context
     return Evaluator(
         cfg.model,
-        start.validation,
+        start.validation[name].store,
         start.tokenizer,
         window=window,
         stride=cfg.evaluation.stride or window,
         batch_size=cfg.evaluation.batch_size,
         mesh=mesh,
         max_tokens=cfg.evaluation.max_tokens if in_loop else None,
+        score_prompts=cfg.data.prompt_loss,
     )
 
 
@@ -112,15 +121,21 @@ def _compile(start: Start, optimizer: optax.GradientTransformation, mesh: Mesh, 
     began = time.perf_counter()
     step = functools.partial(train_step, cfg=start.config, optimizer=optimizer, constrain=constrainer(mesh))
     state = abstract_state(start.config, optimizer, mesh)
-    batch = put_rows(mesh, start.pipeline.batch_at(0))
+    batch = put_rows(mesh, start.pipeline.batch_at(0, own_rows(mesh, start.pipeline.batch_size)))
     compiled = jax.jit(step, donate_argnums=0).lower(state, batch, np.float32(0)).compile()
     say(f"compiled   the training step in {time.perf_counter() - began:.1f} s")
     return compiled
 
 
 def _batches(start: Start, step: int, mesh: Mesh) -> Iterator[Batch]:
-    for batch in start.pipeline.iterate(step):
-        yield put_rows(mesh, batch)
+    """The batches on the devices, each put there a step before it is needed; a process reads its own rows alone."""
+    rows = own_rows(mesh, start.pipeline.batch_size)
+    batches = start.pipeline.iterate(step, rows, threads=start.config.data.loader_threads)
+    ahead: deque[Batch] = deque()
+    for batch in batches:
+        ahead.append(put_rows(mesh, batch))
+        if len(ahead) > 1:
+            yield ahead.popleft()
 
 
 def _best_nats(workdir: Path) -> float:

@@ -8,37 +8,47 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from lm import checkpoint
 from lm.config import InputError, ModelConfig, RunConfig, differences, forbidden_on_resume
-from lm.data import tokenizer as tokenizers
-from lm.data.corpus import Corpus, open_splits
 from lm.data.pipeline import Pipeline
 from lm.data.tokenizer import Tokenizer
-from lm.data.tokens import TokenStore, tokenize
 from lm.generation import prompt_ids, room
 from lm.manifest import read_manifest
 from lm.nn.language_model import model_specs
 from lm.parallel import check_batch, make_mesh, parameter_shardings
 from lm.run_directory import CONFIG
 from lm.training.budget import Budget
+from lm.training.texts import (
+    Progress,
+    Say,
+    Validation,
+    pipeline_of,
+    say_texts,
+    splits_of,
+    store_of,
+    together,
+    tokenizer_of,
+    validation_sha256,
+)
 from lm.validation import validate
-
-Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """All that a run starts from. `resume_from` is the checkpoint it continues, None for a new run."""
+    """All that a run starts from.
+
+    `validation` holds each text by its name, "" for one without; the first says which checkpoint is best. `resume_from`
+    is the checkpoint that the run continues, None for a new one.
+    """
 
     config: RunConfig
     tokenizer: Tokenizer
     pipeline: Pipeline
     budget: Budget
-    validation_text: Corpus
-    validation: TokenStore
+    validation: Mapping[str, Validation]
     provenance: Mapping[str, str]
     resume_from: Path | None
 
@@ -48,42 +58,38 @@ class Start:
         return 0 if self.resume_from is None else read_manifest(self.resume_from).step
 
 
-def prepare(config: RunConfig, workdir: Path, say: Say) -> Start:
+def prepare(config: RunConfig, workdir: Path, say: Say, progress: Progress | None = None) -> Start:
     """Checks the config against itself, the devices, the run directory and the text. Raises InputError."""
     validate(config)
     _check_extras(config)
     mesh = make_mesh(config.parallel)
     check_batch(config.training.batch_size, config.training.gradient_accumulation, mesh)
     resume_from = _checkpoint_to_continue(config, workdir, say)
-    training_text, validation_text = open_splits(
-        config.data.train, config.data.validation, document_separator=config.data.document_separator
-    )
-    tokenizer = tokenizers.load(resume_from) if resume_from else tokenizers.build(config.tokenizer, training_text)
+    splits = splits_of(config)
+    tokenizer = tokenizer_of(config, splits, resume_from, progress)
     config = config.resolve(tokenizer.vocab_size)
     parameter_shardings(mesh, model_specs(config.model))  # raises where an axis of the mesh doesn't divide the model
+    _check_sample(config, tokenizer)
+    stores = [store_of(part.corpus, tokenizer, config, progress) for part in splits.train]
+    validation = {
+        name: Validation(text, store_of(text, tokenizer, config, progress)) for name, text in splits.validation.items()
+    }
     provenance = {
-        "data_sha256": training_text.fingerprint,
-        "validation_sha256": validation_text.fingerprint,
+        "data_sha256": together([store.corpus_sha256 for store in stores]),
+        "validation_sha256": validation_sha256(validation),
         "tokenizer_sha256": tokenizer.sha256,
     }
-    _check_sample(config, tokenizer)
     if resume_from:
         _check_provenance(workdir, read_manifest(resume_from).provenance, provenance)
-    store, validation = (tokenize(text, tokenizer) for text in (training_text, validation_text))
-    pipeline = Pipeline(
-        store, context=config.data.context, batch_size=config.training.batch_size, seed=config.training.seed
-    )
+    pipeline = pipeline_of(config, splits, stores, say)
     budget = Budget.of(
         config.training,
         warmup_steps=config.optimizer.warmup_steps,
         context=config.data.context,
         rows_per_epoch=pipeline.rows_per_epoch,
     )
-    say(
-        f"text       {len(store):,} documents, {store.num_tokens:,} tokens to train on; "
-        f"{len(validation):,} documents, {validation.num_tokens:,} tokens to validate on"
-    )
-    return Start(config, tokenizer, pipeline, budget, validation_text, validation, provenance, resume_from)
+    say_texts(say, pipeline, splits, stores, validation, budget)
+    return Start(config, tokenizer, pipeline, budget, validation, provenance, resume_from)
 
 
 def _checkpoint_to_continue(config: RunConfig, workdir: Path, say: Say) -> Path | None:

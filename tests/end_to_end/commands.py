@@ -160,6 +160,11 @@ def write_text(path: Path, *, sentences: int = 2000, seed: int = 0) -> Path:
     return path
 
 
+def sentence(seed: int) -> str:
+    """One sentence."""
+    return _sentence(random.Random(seed).choice)
+
+
 def _sentence(choose: Callable[[Sequence[str]], str]) -> str:
     parts: Iterable[str] = (choose(words) for words in (_SUBJECTS, _VERBS, _OBJECTS))
     return " ".join(parts) + choose([".", ".", ",", ";"]) + choose([" ", "\n"])

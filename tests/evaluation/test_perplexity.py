@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from lm.config import InputError, ModelConfig, ParallelConfig, RunConfig
-from lm.data.corpus import Corpus
+from lm.data.document import Document
 from lm.data.tokenizer import ByteTokenizer
 from lm.data.tokens import tokenize
 from lm.evaluation import compression
 from lm.evaluation.perplexity import Evaluator, ratio_standard_error, windows
 from lm.nn import language_model, params
 from lm.parallel import make_mesh
+from tests.data.memory_corpus import corpus_of
 
 TEXTS = {
     "long": "the cat sat on the mat, and the dog sat on the cat " * 3,
@@ -30,8 +31,7 @@ TEXTS = {
 
 @pytest.fixture(scope="module")
 def store():
-    names = list(TEXTS)
-    return tokenize(Corpus("test:texts", names, lambda i: TEXTS[names[i]]), ByteTokenizer())
+    return tokenize(corpus_of(*(Document(*each) for each in TEXTS.items())), ByteTokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +56,18 @@ def evaluator(cfg, store, mesh, *, window=16, stride=16, batch_size=3, tokenizer
     return Evaluator(cfg, store, tokenizer, window=window, stride=stride, batch_size=batch_size, mesh=mesh, **more)
 
 
-def one_token_at_a_time(cfg, tree, texts, window, stride, head=(256,)):
-    """The protocol as a sentence: target i is predicted from the inputs of the window that scores it, alone."""
+def one_token_at_a_time(cfg, tree, texts, window, stride, head=(256,), prompts=None):
+    """The protocol as a sentence: target i is predicted from the inputs of the window that scores it, alone.
+
+    Of each text as many bytes as `prompts` says, the first ones, are context alone.
+    """
 
     @jax.jit
     def log_probabilities(ids_1T):
         return jax.nn.log_softmax(language_model.apply(tree, ids_1T, cfg=cfg)[0, :, :258])
 
     nats, count = 0.0, 0
-    for text in texts:
+    for text, prompt in zip(texts, prompts or [0] * len(texts), strict=True):
         ids = [*head, *text.encode()]
         done = 0
         while done < len(ids) - 1:
@@ -74,7 +77,7 @@ def one_token_at_a_time(cfg, tree, texts, window, stride, head=(256,)):
             row = np.zeros((1, window), np.int32)
             row[0, : last - first] = ids[first:last]
             table = np.asarray(log_probabilities(row), np.float64)
-            for target in range(done + 1, last + 1):
+            for target in range(max(done + 1, len(head) + prompt), last + 1):
                 nats -= table[target - 1 - first, ids[target]]
                 count += 1
             done = last
@@ -84,12 +87,12 @@ def one_token_at_a_time(cfg, tree, texts, window, stride, head=(256,)):
 @pytest.mark.parametrize(("window", "stride"), [(16, 16), (16, 5), (16, 1), (300, 300)])
 def test_equals_a_loop_over_single_tokens(cfg, tree, store, one_device, window, stride):
     scores = evaluator(cfg, store, one_device, window=window, stride=stride)(tree)
-    nats, count = one_token_at_a_time(cfg, tree, TEXTS.values(), window, stride)
+    nats, count = one_token_at_a_time(cfg, tree, list(TEXTS.values()), window, stride)
     assert scores.tokens == count == sum(len(text.encode()) for text in TEXTS.values())
     np.testing.assert_allclose(scores.nats, nats, rtol=1e-6)
     assert scores.words == sum(len(text.split()) for text in TEXTS.values())
     assert scores.bytes == sum(len(text.encode()) for text in TEXTS.values())
-    assert scores.documents == len(TEXTS)
+    assert scores.documents == len(TEXTS) - 1, "the empty one is left out"
     assert scores.perplexity == math.exp(scores.nats / scores.tokens)
     assert scores.bits_per_byte == scores.nats / scores.bytes / math.log(2)
     assert scores.word_perplexity == math.exp(scores.nats / scores.words)
@@ -97,11 +100,10 @@ def test_equals_a_loop_over_single_tokens(cfg, tree, store, one_device, window, 
 
 
 def test_without_bos_the_first_token_is_not_scored(cfg, tree, one_device):
-    names = list(TEXTS)
     headless = Headless()
-    store = tokenize(Corpus("test:headless", names, lambda i: TEXTS[names[i]]), headless)
+    store = tokenize(corpus_of(*TEXTS.values()), headless)
     scores = evaluator(cfg, store, one_device, tokenizer=headless)(tree)
-    nats, count = one_token_at_a_time(cfg, tree, TEXTS.values(), 16, 16, head=())
+    nats, count = one_token_at_a_time(cfg, tree, list(TEXTS.values()), 16, 16, head=())
     assert scores.tokens == count == sum(max(len(text.encode()) - 1, 0) for text in TEXTS.values())
     np.testing.assert_allclose(scores.nats, nats, rtol=1e-6)
     assert scores.protocol["bos"] is None
@@ -123,7 +125,7 @@ def test_no_document_sees_another(cfg, tree, one_device):
     texts = [TEXTS["short"], TEXTS["wide"]]
 
     def nats(names):
-        store = tokenize(Corpus(f"test:{names}", [str(n) for n in names], lambda i: texts[names[i]]), ByteTokenizer())
+        store = tokenize(corpus_of(*(texts[n] for n in names)), ByteTokenizer())
         return evaluator(cfg, store, one_device, window=200, stride=200)(tree).nats
 
     np.testing.assert_allclose(nats([0, 1]), nats([0]) + nats([1]), rtol=1e-6)
@@ -182,8 +184,29 @@ def test_window_past_learned_positions_is_refused(cfg, store, one_device):
         evaluator(learned, store, one_device)
 
 
+@pytest.mark.parametrize("kind", [ByteTokenizer, Headless])
+@pytest.mark.parametrize(("window", "stride"), [(300, 300), (16, 16), (16, 5)])
+def test_prompts_are_context_alone(cfg, tree, one_device, kind, window, stride):
+    pairs = [
+        Document("a", "wide žluťoučký", "a prompt, "),
+        Document("b", "no prompt"),
+        Document("c", "y", "long " * 20),
+    ]
+    texts, prompts = [each.prompt + each.text for each in pairs], [len(each.prompt) for each in pairs]
+    store, head = tokenize(corpus_of(*pairs), kind()), () if kind is Headless else (256,)
+    how = {"window": window, "stride": stride, "tokenizer": kind()}
+    evaluators = [evaluator(cfg, store, one_device, score_prompts=scored, **how) for scored in (False, True)]
+    for each, skipped, words, size in zip(evaluators, (prompts, None), (5, 27), (28, 138), strict=True):
+        scores = each(tree)
+        nats, count = one_token_at_a_time(cfg, tree, texts, window, stride, head, skipped)
+        assert each.tokens == scores.tokens == count
+        np.testing.assert_allclose(scores.nats, nats, rtol=1e-6)
+        assert (scores.words, scores.bytes) == (words, size)
+    assert [each.protocol["prompts"] for each in evaluators] == ["context", "scored"]
+
+
 def test_nothing_to_score_is_said(cfg, tree, one_device):
-    store = tokenize(Corpus("test:single", ["a"], lambda i: "x"), Headless())
+    store = tokenize(corpus_of("x"), Headless())
     with pytest.raises(InputError, match="nothing to score"):
         evaluator(cfg, store, one_device, tokenizer=Headless())(tree)
 

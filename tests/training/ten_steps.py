@@ -9,8 +9,7 @@ import jax
 import numpy as np
 
 from lm.config import DataConfig, OptimizerConfig, RunConfig, TrainingConfig
-from lm.data.packing import cut_rows
-from lm.data.pipeline import Batch
+from lm.data.packing import Batch
 from lm.nn.language_model import model_specs
 from lm.parallel import constrainer, put_rows
 from lm.training.optimizer import make_optimizer
@@ -41,7 +40,20 @@ def batch_at(step: int) -> Batch:
     starts = draw.integers(0, offsets[-1], ROWS)
     rows = np.full(ROWS, CONTEXT)
     rows[3], rows[8] = 17, 2
-    return cut_rows(ids, offsets, starts, rows, context=CONTEXT)
+    lasts = set((offsets[1:] - 1).tolist())
+    batch = Batch(
+        *(np.zeros((ROWS, CONTEXT), np.float32 if name == "weights_BT" else np.int32) for name in Batch._fields)
+    )
+    for row, (start, length) in enumerate(zip(starts.tolist(), rows.tolist(), strict=True)):
+        segment, position = 1, 0
+        for column in range(length):
+            place = (start + column) % len(ids)
+            ends = place in lasts
+            target = 0 if ends else ids[place + 1]
+            for array, value in zip(batch, (ids[place], target, float(not ends), segment, position), strict=True):
+                array[row, column] = value
+            segment, position = (segment + 1, 0) if ends else (segment, position + 1)
+    return batch
 
 
 def compiled(cfg: RunConfig, mesh):
