@@ -19,7 +19,8 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from lm.data import stdlib, tokenizer
+from lm.data import tokenizer
+from lm.data.sources import stdlib
 
 STORE = """
 import os, resource, sys, time

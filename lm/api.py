@@ -18,7 +18,7 @@ from lm import checkpoint, generation
 from lm.checkpoint import Loaded
 from lm.config import EvaluationConfig, InputError, ParallelConfig, RunConfig, nearest
 from lm.data.corpus import open_corpus
-from lm.data.source import parse_named
+from lm.data.sources.source import parse_named
 from lm.data.tokenizer import Tokenizer
 from lm.data.tokens import TokenStore
 from lm.evaluation.perplexity import Evaluator, Scores

@@ -80,19 +80,19 @@ class SortedColumn(Column):
     def before(self, value: int) -> int:
         """How many values are less than `value`: `np.searchsorted(column, value, side="left")`."""
         start, stop = self._block(value)
-        return start + int(np.searchsorted(self[start:stop], value, side="left"))
+        return start + int(self[start:stop].searchsorted(value))
 
     def between(self, low: int, high: int) -> tuple[int, np.ndarray]:
         """The values low <= value <= high, after how many values come before them."""
         start = self._block(low)[0]
         stop = self._block(high + 1)[1]
         found = self[start:stop]
-        first, last = np.searchsorted(found, [low, high + 1], side="left")
+        first, last = found.searchsorted(low), found.searchsorted(high + 1)
         return start + int(first), found[first:last]
 
     def _block(self, value: int) -> tuple[int, int]:
         """The range of positions among which the first value that is not less than `value` lies."""
-        block = int(np.searchsorted(self._every, value, side="left"))
+        block = int(self._every.searchsorted(value))
         return max(block - 1, 0) * BLOCK, min(block * BLOCK, self.size)
 
 

@@ -1,8 +1,8 @@
 """Where documents come from: a source of text, with its split, as a stream of documents with stable ids and order.
 
-How sources are written, `lm.data.source` says. `SOURCE[train]` and `SOURCE[validation]` are the two corpora that
-`open_splits(SOURCE, None)` gives; other splits and slices are TFDS's own, as in `tfds:ag_news_subset[test[:10%]]`.
-Without a split, text in files is all the text, and a dataset its train split.
+How sources are written, `lm.data.sources.source` says. `SOURCE[train]` and `SOURCE[validation]` are the two corpora
+that `open_splits(SOURCE, None)` gives; other splits and slices are TFDS's own, as in
+`tfds:ag_news_subset[test[:10%]]`. Without a split, text in files is all the text, and a dataset its train split.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from functools import cached_property
 from typing import NamedTuple
 
 from lm.config import InputError
-from lm.data import holdout, token_files
-from lm.data.document import MAX_DOCUMENT_BYTES, Document
-from lm.data.holdout import Half
-from lm.data.reader import Reader, Reading
-from lm.data.source import Source, parse, parse_named
-from lm.data.token_files import TokenFiles
+from lm.data.sources import holdout, token_files
+from lm.data.sources.document import MAX_DOCUMENT_BYTES, Document
+from lm.data.sources.holdout import Half
+from lm.data.sources.reader import Reader, Reading
+from lm.data.sources.source import Source, parse, parse_named
+from lm.data.sources.token_files import TokenFiles
 
 READERS = {
     "builtin": "stdlib.reader",
@@ -33,8 +33,8 @@ READERS = {
     "tsv": "pairs.tsv",
     "lines": "pairs.lines",
 }
-"""What in lm.data makes the reader of a kind of source. Named, not imported: TFDS and pyarrow take half a second, of no
-use to text files."""
+"""What in lm.data.sources makes the reader of a kind. Named, not imported: TFDS and pyarrow take half a second,
+of no use to text files."""
 OWN_VALIDATION = ("validation", "valid", "val", "dev", "test")
 """Splits of a dataset that serve as validation, best first."""
 
@@ -136,7 +136,7 @@ def open_corpus(
     """The documents of a source, of a mix those of all its components one after another.
 
     Args:
-        source: what to read, see `lm.data.source`.
+        source: what to read, see `lm.data.sources.source`.
         document_separator: splits each text file into documents. None: one document a file.
         pair_separator: stands between the two sides of a pair.
 
@@ -242,7 +242,7 @@ def _hold_out(base: str, whole: Reader, pair_separator: str) -> tuple[Corpus, Co
 
 def _reader(one: Source, reading: Reading) -> Reader:
     module, function = READERS[one.kind].split(".")
-    return getattr(importlib.import_module(f"lm.data.{module}"), function)(one, reading)
+    return getattr(importlib.import_module(f"lm.data.sources.{module}"), function)(one, reading)
 
 
 def _with_split(base: str, split: str | None) -> str:

@@ -14,10 +14,10 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from lm.config import InputError
-from lm.data import holdout
 from lm.data.column import Column
+from lm.data.sources import holdout
+from lm.data.sources.token_files import TokenFile, TokenFiles
 from lm.data.store import Journal, describe, id_dtype
-from lm.data.token_files import TokenFile, TokenFiles
 from lm.data.tokenizer import Tokenizer
 
 CHUNK = 2**22

@@ -83,8 +83,14 @@ def plan_of(store: Store, *, context: int, packing: str, say: Callable[[str], No
     if not directory.exists():
         if say is not None:
             say(f"packing    {len(store):,} documents into rows of {context:,} tokens, once")
-        with cache.building(directory) as scratch:
-            (_best_fit if packing == "best_fit" else _padded)(scratch, store, context)
+        try:
+            with cache.building(directory) as scratch:
+                (_best_fit if packing == "best_fit" else _padded)(scratch, store, context)
+        except OSError as error:
+            raise InputError(
+                f"the plan of rows of {store.source} can't be written under {directory.parent}: {error.strerror}; make "
+                "room, or set LM_CACHE to another folder"
+            ) from error
     return Plan(directory)
 
 

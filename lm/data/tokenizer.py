@@ -15,14 +15,15 @@ from typing import Any
 import tokenizers
 
 from lm.config import InputError, TokenizerConfig
-from lm.data import cache, sentencepiece_model, special_ids, tiktoken_ranks, vocab_and_merges
-from lm.data.bpe import COVERAGE, train_bpe, train_tokenizer
-from lm.data.byte_tokenizer import ByteTokenizer, byte_file
-from lm.data.file_tokenizer import FileTokenizer
-from lm.data.sentencepiece_model import SentencePieceTokenizer
-from lm.data.special_ids import BOS, EOS, SpecialIds
-from lm.data.split_patterns import PIECES
-from lm.data.tokenizer_base import FILE_NAME, Tokenizer
+from lm.data import cache
+from lm.data.tokenizers import sentencepiece_model, special_ids, tiktoken_ranks, vocab_and_merges
+from lm.data.tokenizers.base import FILE_NAME, Tokenizer
+from lm.data.tokenizers.bpe import COVERAGE, train_bpe, train_tokenizer
+from lm.data.tokenizers.byte_tokenizer import ByteTokenizer, byte_file
+from lm.data.tokenizers.file_tokenizer import FileTokenizer
+from lm.data.tokenizers.sentencepiece_model import SentencePieceTokenizer
+from lm.data.tokenizers.special_ids import BOS, EOS, SpecialIds
+from lm.data.tokenizers.split_patterns import PIECES
 
 __all__ = ["BOS", "EOS", "FILE_NAME", "FILE_NAMES", "ByteTokenizer", "FileTokenizer", "SentencePieceTokenizer"]
 __all__ += ["SpecialIds", "Tokenizer", "build", "load", "train_bpe", "train_tokenizer"]

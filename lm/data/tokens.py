@@ -20,7 +20,7 @@ from lm.config import InputError
 from lm.data import cache, marks, store
 from lm.data.column import Column, SortedColumn
 from lm.data.corpus import Corpus
-from lm.data.token_files import TokenFiles
+from lm.data.sources.token_files import TokenFiles
 from lm.data.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]

@@ -13,7 +13,7 @@ from lm.data import tokenizer as tokenizers
 from lm.data.corpus import Corpus, Splits, open_splits
 from lm.data.pipeline import Pipeline
 from lm.data.rows import make_rows
-from lm.data.token_files import TokenFiles
+from lm.data.sources.token_files import TokenFiles
 from lm.data.tokenizer import Tokenizer
 from lm.data.tokens import TokenStore, tokenize
 from lm.training.budget import Budget

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from lm.data.corpus import Corpus, Document
-from lm.data.reader import Reader
+from lm.data.sources.reader import Reader
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,9 @@ import pytest
 import zstandard
 
 from lm.config import InputError
-from lm.data import holdout, text
 from lm.data.corpus import open_corpus, open_splits
-from lm.data.token_files import TokenFiles
+from lm.data.sources import holdout, text
+from lm.data.sources.token_files import TokenFiles
 
 
 def write(folder, **files):

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 
 from lm.config import InputError
-from lm.data import cache, holdout, marks
+from lm.data import cache, marks
 from lm.data.corpus import open_corpus, open_splits
+from lm.data.sources import holdout
 from lm.data.tokenizer import ByteTokenizer
 from lm.data.tokens import Sizes, tokenize
 

@@ -11,8 +11,9 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from lm.config import InputError, TokenizerConfig
-from lm.data import cache, file_tokenizer, tokenizer
-from lm.data.token_files import TokenFiles
+from lm.data import cache, tokenizer
+from lm.data.sources.token_files import TokenFiles
+from lm.data.tokenizers import file_tokenizer
 
 TEXTS = (
     "",

@@ -13,7 +13,8 @@ import tensorflow_datasets as tfds
 import zstandard
 
 import train
-from lm.data import cache, dataset
+from lm.data import cache
+from lm.data.sources import dataset
 from lm.data.tokenizer import train_bpe
 
 from . import commands

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lm.config import InputError, ModelConfig, ParallelConfig, RunConfig
-from lm.data.document import Document
+from lm.data.sources.document import Document
 from lm.data.tokenizer import ByteTokenizer
 from lm.data.tokens import tokenize
 from lm.evaluation import compression

@@ -3,7 +3,7 @@ import pytest
 
 from lm.config import InputError
 from lm.data.corpus import open_corpus, open_splits
-from lm.data.token_files import TokenFiles
+from lm.data.sources.token_files import TokenFiles
 
 IDS = np.arange(100) % 90 + 3
 

@@ -18,11 +18,12 @@ from absl import logging as absl_logging
 from tensorflow_datasets.core.download import downloader
 
 from lm.config import InputError, nearest
-from lm.data import cache, document, files
-from lm.data.document import Document
-from lm.data.files import File
-from lm.data.reader import Reader, Reading
-from lm.data.source import Source
+from lm.data import cache
+from lm.data.sources import document, files
+from lm.data.sources.document import Document
+from lm.data.sources.files import File
+from lm.data.sources.reader import Reader, Reading
+from lm.data.sources.source import Source
 
 READ_RECORDS = 128
 """Records read at once."""

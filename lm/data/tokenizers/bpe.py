@@ -11,10 +11,10 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lm.config import InputError
-from lm.data.file_tokenizer import FileTokenizer
-from lm.data.special_ids import BOS, EOS
-from lm.data.split_patterns import PIECES
-from lm.data.token_files import TokenFiles
+from lm.data.sources.token_files import TokenFiles
+from lm.data.tokenizers.file_tokenizer import FileTokenizer
+from lm.data.tokenizers.special_ids import BOS, EOS
+from lm.data.tokenizers.split_patterns import PIECES
 
 COVERAGE = 0.9995
 """With byte fallback: the part of a text's characters that have tokens of their own, as in SentencePiece."""

@@ -1,7 +1,7 @@
 import pytest
 
 from lm.config import InputError
-from lm.data.source import Source, Weighted, parse, parse_named
+from lm.data.sources.source import Source, Weighted, parse, parse_named
 
 
 @pytest.mark.parametrize(

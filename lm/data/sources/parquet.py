@@ -11,11 +11,11 @@ import pyarrow as pa
 from pyarrow import compute, parquet
 
 from lm.config import InputError, nearest
-from lm.data import document, files
-from lm.data.document import Document
-from lm.data.files import File
-from lm.data.reader import FilesReader, Reading
-from lm.data.source import Source
+from lm.data.sources import document, files
+from lm.data.sources.document import Document
+from lm.data.sources.files import File
+from lm.data.sources.reader import FilesReader, Reading
+from lm.data.sources.source import Source
 
 BATCH_ROWS = 256
 """Rows in memory at once, besides a page of each column."""

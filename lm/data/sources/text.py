@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Iterator
 
 from lm.config import InputError
-from lm.data import files, stream
-from lm.data.document import MAX_DOCUMENT_BYTES, Document
-from lm.data.files import File
-from lm.data.reader import FilesReader, Reading
-from lm.data.source import Source
+from lm.data.sources import files, stream
+from lm.data.sources.document import MAX_DOCUMENT_BYTES, Document
+from lm.data.sources.files import File
+from lm.data.sources.reader import FilesReader, Reading
+from lm.data.sources.source import Source
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ import pytest
 
 from lm.config import InputError
 from lm.data import tokenizer
-from tests.data.test_bytes_per_token import TEXTS
-from tests.data.test_tokenizer_files import random_texts
+from tests.data.tokenizers.test_bytes_per_token import TEXTS
+from tests.data.tokenizers.test_tokenizer_files import random_texts
 
 
 def test_without_the_library_the_message_says_what_to_install(tmp_path, monkeypatch):

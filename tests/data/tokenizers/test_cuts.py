@@ -7,9 +7,10 @@ import pytest
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
-from lm.data import split_patterns, tokenizer
-from lm.data.byte_tokenizer import byte_letters
-from tests.data.test_tokenizer_files import random_texts
+from lm.data import tokenizer
+from lm.data.tokenizers import split_patterns
+from lm.data.tokenizers.byte_tokenizer import byte_letters
+from tests.data.tokenizers.test_tokenizer_files import random_texts
 
 PATTERNS = {name: getattr(split_patterns, name) for name in ("PIECES", "GPT2", "CL100K", "O200K", "LLAMA3")}
 

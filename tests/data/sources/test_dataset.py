@@ -7,8 +7,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from lm.config import InputError
-from lm.data import dataset
 from lm.data.corpus import open_corpus, open_splits
+from lm.data.sources import dataset
 
 
 def ids(corpus):

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lm.data.special_ids import BOS, EOS
-from lm.data.tokenizer_base import Tokenizer
+from lm.data.tokenizers.base import Tokenizer
+from lm.data.tokenizers.special_ids import BOS, EOS
 
 
 class ByteTokenizer(Tokenizer):

@@ -7,7 +7,7 @@ that aren't white space; and what it makes of the text on one side doesn't depen
 - a piece with a "\n" has after it only white space (O200K: also "/"), and a single "\n" after a piece of its own or
   another kind is one piece whether the text goes on or not: only runs of white space are cut by what follows them.
 
-So `CUTS` holds for all of them: tests/data/test_cuts.py compares the ids.
+So `CUTS` holds for all of them: tests/data/tokenizers/test_cuts.py compares the ids.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import zstandard
 
 from lm.config import InputError
-from lm.data import files
-from lm.data.document import MAX_DOCUMENT_BYTES
-from lm.data.files import File
+from lm.data.sources import files
+from lm.data.sources.document import MAX_DOCUMENT_BYTES
+from lm.data.sources.files import File
 
 BLOCK = 2**20
 """Bytes read at once."""

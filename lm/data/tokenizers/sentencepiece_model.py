@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from lm.config import InputError
-from lm.data.special_ids import SpecialIds
-from lm.data.surfaces import bytes_of_spans
-from lm.data.tokenizer_base import Tokenizer
+from lm.data.tokenizers.base import Tokenizer
+from lm.data.tokenizers.special_ids import SpecialIds
+from lm.data.tokenizers.surfaces import bytes_of_spans
 
 FILE_NAME = "tokenizer.model"
 _NO_PIECE = b"<no such piece>"

@@ -10,9 +10,10 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from lm.config import InputError
-from lm.data import split_patterns, tiktoken_ranks, tokenizer
-from lm.data.byte_tokenizer import byte_letters
-from lm.data.special_ids import SpecialIds
+from lm.data import tokenizer
+from lm.data.tokenizers import split_patterns, tiktoken_ranks
+from lm.data.tokenizers.byte_tokenizer import byte_letters
+from lm.data.tokenizers.special_ids import SpecialIds
 
 # The patterns as tiktoken itself writes them (tiktoken_ext/openai_public.py of tiktoken 0.14).
 TIKTOKEN_GPT2 = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""

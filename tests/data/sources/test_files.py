@@ -10,8 +10,9 @@ import zstandard
 from fsspec.registry import known_implementations
 
 from lm.config import InputError
-from lm.data import cache, files, stream
-from lm.data.files import File, matching
+from lm.data import cache
+from lm.data.sources import files, stream
+from lm.data.sources.files import File, matching
 
 OLD = (1_000_000_000, 1_000_000_000)
 

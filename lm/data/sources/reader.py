@@ -7,9 +7,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from lm.data import files
-from lm.data.document import Document
-from lm.data.files import File
+from lm.data.sources import files
+from lm.data.sources.document import Document
+from lm.data.sources.files import File
 
 
 class Reading(NamedTuple):

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from lm.data import split_patterns
-from lm.data.byte_tokenizer import byte_letters, special_token
-from lm.data.special_ids import SpecialIds, by_name
-from lm.data.surfaces import byte_offsets, bytes_of_spans
-from lm.data.tokenizer_base import Tokenizer
+from lm.data.tokenizers import split_patterns
+from lm.data.tokenizers.base import Tokenizer
+from lm.data.tokenizers.byte_tokenizer import byte_letters, special_token
+from lm.data.tokenizers.special_ids import SpecialIds, by_name
+from lm.data.tokenizers.surfaces import byte_offsets, bytes_of_spans
 
 _OUR_KEY = "special_ids"
 """In the file's model, where the library skips what it doesn't know: the roles, where names tell them otherwise."""

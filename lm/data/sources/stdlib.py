@@ -18,10 +18,11 @@ from platform import python_version
 import tensorflow_datasets as tfds
 
 from lm.config import InputError
-from lm.data import cache, dataset
-from lm.data.holdout import held_out
-from lm.data.reader import Reading
-from lm.data.source import Source
+from lm.data import cache
+from lm.data.sources import dataset
+from lm.data.sources.holdout import held_out
+from lm.data.sources.reader import Reading
+from lm.data.sources.source import Source
 
 NOT_SOURCE = frozenset(
     ("test", "tests", "idle_test", "site-packages", "dist-packages", "_bundled", "_vendor", "__pycache__")

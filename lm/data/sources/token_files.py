@@ -17,8 +17,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from lm.config import InputError
-from lm.data import files
-from lm.data.files import File
+from lm.data.sources import files
+from lm.data.sources.files import File
 
 HEADER_BYTES = 1024
 LLM_C: dict[tuple[int, int], np.dtype] = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}

@@ -6,8 +6,8 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from lm.data import tokenizer
-from lm.data.surfaces import byte_offsets, bytes_of_spans
-from tests.data.test_tokenizer_files import random_texts
+from lm.data.tokenizers.surfaces import byte_offsets, bytes_of_spans
+from tests.data.tokenizers.test_tokenizer_files import random_texts
 
 TEXTS = (
     "",

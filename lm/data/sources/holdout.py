@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 
 from lm.config import InputError
-from lm.data.document import Document
+from lm.data.sources.document import Document
 
 FEW = 1000
 """Among more documents than this some surely hash into the tenth and some don't: the hash alone decides."""

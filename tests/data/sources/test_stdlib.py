@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from lm.config import InputError
-from lm.data import cache, stdlib
+from lm.data import cache
+from lm.data.sources import stdlib
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_a_folder_without_python_is_refused(tmp_path):
 
 BUILD = """
 import os, sys, pathlib
-from lm.data import stdlib
+from lm.data.sources import stdlib
 kill = {kill!r}
 if kill:
     plain = stdlib.PythonStdlib._generate_examples
@@ -126,7 +127,8 @@ import sys, socket, pathlib
 def refuse(*args, **kwargs): raise AssertionError("the network was used")
 socket.getaddrinfo = socket.create_connection = socket.socket.connect = refuse
 from lm.config import TokenizerConfig
-from lm.data import corpus, pipeline, rows, stdlib, tokenizer, tokens
+from lm.data import corpus, pipeline, rows, tokenizer, tokens
+from lm.data.sources import stdlib
 text = corpus.Corpus("library", stdlib.documents(stdlib.prepared(pathlib.Path({str(library)!r})), "train"))
 store = tokens.tokenize(text, tokenizer.build(TokenizerConfig("bpe", None, 270), text))
 cut = rows.make_rows(store, context=8, packing="split", prompt_loss=False)

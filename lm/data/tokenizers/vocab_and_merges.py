@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from lm.config import InputError
-from lm.data.byte_tokenizer import byte_letters, byte_level, byte_level_file, special_token
-from lm.data.special_ids import read_config
+from lm.data.tokenizers.byte_tokenizer import byte_letters, byte_level, byte_level_file, special_token
+from lm.data.tokenizers.special_ids import read_config
 
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lm.config import InputError
-from lm.data.byte_tokenizer import byte_letters, byte_level, byte_level_file, special_token
-from lm.data.split_patterns import CL100K, GPT2, LLAMA3, O200K
+from lm.data.tokenizers.byte_tokenizer import byte_letters, byte_level, byte_level_file, special_token
+from lm.data.tokenizers.split_patterns import CL100K, GPT2, LLAMA3, O200K
 
 LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n?")
 

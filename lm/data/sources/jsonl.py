@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from lm.config import InputError, nearest
-from lm.data import document, files, stream
-from lm.data.document import Document
-from lm.data.files import File
-from lm.data.reader import FilesReader, Reading
-from lm.data.source import Source
+from lm.data.sources import document, files, stream
+from lm.data.sources.document import Document
+from lm.data.sources.files import File
+from lm.data.sources.reader import FilesReader, Reading
+from lm.data.sources.source import Source
 
 
 @dataclasses.dataclass(frozen=True)
