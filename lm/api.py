@@ -90,7 +90,7 @@ def train(config: RunConfig, workdir: str | Path) -> Loaded:
         if there:
             held.enter_context(locked(workdir))
         with Bar(console) as bar:
-            start = prepare(config, workdir, say, bar)
+            start = prepare(config, workdir, say, load=load, progress=bar)
         if not there:
             workdir.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(workdir))

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from lm.config import BUDGETS, InputError, RunConfig, TrainingConfig
+from lm.config import BUDGETS, RUNTIME, InputError, RunConfig, TrainingConfig
 
 Arguments = TypeVar("Arguments")
 
@@ -63,9 +63,24 @@ def train_arguments(arguments: Sequence[str], preset: Callable[[str], RunConfig]
     name, rest = (arguments[0], arguments[1:]) if named else ("tiny", arguments)
     default = preset(name)
     parsed = parse(TrainArguments, rest, prog="train.py [PRESET]", default=TrainArguments(default))
+    if parsed.config.init_from is not None:
+        _check_going_on(rest)
     training = _one_budget(parsed.config.training, rest)
     config = dataclasses.replace(parsed.config, training=training)
     return config, Path(f"runs/{Path(name).stem}" if parsed.workdir is None else parsed.workdir)
+
+
+def _check_going_on(arguments: Sequence[str]) -> None:
+    """Raises InputError for fields that `--init-from` decides."""
+    names = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
+    flags = [name.removeprefix("--").replace("-", "_") for name in names]
+    free = {f"model.{name}" for name in RUNTIME}
+    taken = [flag for flag in flags if flag.startswith(("model.", "tokenizer.")) and flag not in free]
+    if taken:
+        raise InputError(
+            f"--{taken[0]} can't be given with --init-from, whose model and tokenizer are taken over: leave it out (of "
+            f"the model, {', '.join(RUNTIME)} may be given)"
+        )
 
 
 def _one_budget(training: TrainingConfig, arguments: Sequence[str]) -> TrainingConfig:

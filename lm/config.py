@@ -270,18 +270,28 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
+    init_from: str | None = None
+    """A model to go on from: its weights, its tokenizer, and its model section but for what `RUNTIME` names. None: new
+    weights."""
 
     def resolve(self, vocab_size: int) -> RunConfig:
-        """Fills what the tokenizer and the context decide, so that the model can be built from the config alone."""
-        if self.model.vocab_size not in (None, vocab_size):
+        """Fills what the tokenizer and the context decide, so that the model can be built from the config alone.
+
+        A model may have more tokens than its tokenizer, as many published ones do; not fewer.
+        """
+        rows, tokens = self.model.max_positions or self.data.context, self.model.vocab_size or vocab_size
+        if tokens < vocab_size:
             raise InputError(
-                f"model.vocab_size is {self.model.vocab_size} but the tokenizer has {vocab_size} tokens: "
+                f"model.vocab_size is {tokens} but the tokenizer has {vocab_size} tokens: "
                 "leave model.vocab_size at None, or use the tokenizer it was set for"
             )
-        rows = self.model.max_positions or self.data.context
-        return dataclasses.replace(
-            self, model=dataclasses.replace(self.model, vocab_size=vocab_size, max_positions=rows)
-        )
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab_size=tokens, max_positions=rows))
+
+    def going_on_from(self, model: ModelConfig) -> RunConfig:
+        """This config with the model and the tokenizer of `init_from`, whose model section is given."""
+        kept = {name: getattr(self.model, name) for name in RUNTIME}
+        tokenizer = TokenizerConfig("file", self.init_from)
+        return dataclasses.replace(self, model=dataclasses.replace(model, **kept), tokenizer=tokenizer)
 
     def to_json(self) -> str:
         """The config as JSON text; `from_json` gives it back exactly."""
@@ -302,6 +312,8 @@ class RunConfig:
         return _build(cls, values, "")
 
 
+RUNTIME = ("dropout", "hidden_dropout", "compute_dtype", "scan_layers", "remat")
+"""Fields of `ModelConfig` that say how a model is run, and nothing of what its weights mean."""
 BUDGETS = ("steps", "tokens", "epochs", "seconds")
 """The fields of `TrainingConfig` of which exactly one is set."""
 
@@ -331,11 +343,14 @@ def nearest(name: str, names: typing.Iterable[str]) -> str:
 
 def flat(config: RunConfig) -> dict[str, Any]:
     """All fields by dotted name."""
-    return {
-        f"{section}.{name}": value
-        for section, fields in dataclasses.asdict(config).items()
-        for name, value in fields.items()
-    }
+    found: dict[str, Any] = {}
+    for section, fields in dataclasses.asdict(config).items():
+        found |= (
+            {f"{section}.{name}": value for name, value in fields.items()}
+            if isinstance(fields, dict)
+            else {section: fields}
+        )
+    return found
 
 
 def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:

@@ -30,7 +30,7 @@ from lm.training.flops import flops_per_token, peak_flops
 from lm.training.optimizer import make_optimizer
 from lm.training.signals import StopRequest
 from lm.training.start import Start
-from lm.training.state import TrainState, abstract_state, create_state
+from lm.training.state import TrainState, abstract_state, create_state, state_of
 from lm.training.step import train_step
 from lm.training.texts import Say
 
@@ -106,6 +106,8 @@ def evaluator(start: Start, name: str, mesh: Mesh, *, in_loop: bool) -> Evaluato
 def _initial_state(start: Start, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, float]:
     """The state to begin with, and the seconds of training behind it."""
     if start.resume_from is None:
+        if start.initial is not None:
+            return state_of(start.initial.params, start.config, optimizer, mesh), 0.0
         return create_state(start.config, optimizer, mesh), 0.0
     target = abstract_state(start.config, optimizer, mesh)
     rest = {"step": target.step, "seconds": jax.ShapeDtypeStruct((), np.float64)}

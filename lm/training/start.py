@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lm import checkpoint
+from lm.checkpoint import Loaded
 from lm.config import InputError, ModelConfig, RunConfig, differences, forbidden_on_resume
 from lm.data.pipeline import Pipeline
 from lm.data.tokenizer import Tokenizer
@@ -41,7 +42,7 @@ class Start:
     """All that a run starts from.
 
     `validation` holds each text by its name, "" for one without; the first says which checkpoint is best. `resume_from`
-    is the checkpoint that the run continues, None for a new one.
+    is the checkpoint that the run continues, None for a new one; `initial` the model that a new one goes on from.
     """
 
     config: RunConfig
@@ -51,6 +52,7 @@ class Start:
     validation: Mapping[str, Validation]
     provenance: Mapping[str, str]
     resume_from: Path | None
+    initial: Loaded | None
 
     @property
     def step(self) -> int:
@@ -58,12 +60,24 @@ class Start:
         return 0 if self.resume_from is None else read_manifest(self.resume_from).step
 
 
-def prepare(config: RunConfig, workdir: Path, say: Say, progress: Progress | None = None) -> Start:
-    """Checks the config against itself, the devices, the run directory and the text. Raises InputError."""
+def prepare(
+    config: RunConfig,
+    workdir: Path,
+    say: Say,
+    *,
+    load: Callable[[str], Loaded],
+    progress: Progress | None = None,
+) -> Start:
+    """Checks the config against itself, the devices, the run directory and the text. Raises InputError.
+
+    Args:
+        load: opens the model that a config goes on from.
+    """
     validate(config)
     _check_extras(config)
     mesh = make_mesh(config.parallel)
     check_batch(config.training.batch_size, config.training.gradient_accumulation, mesh)
+    config, initial = _gone_on_from(config, workdir, load)
     resume_from = _checkpoint_to_continue(config, workdir, say)
     splits = splits_of(config)
     tokenizer = tokenizer_of(config, splits, resume_from, progress)
@@ -89,7 +103,24 @@ def prepare(config: RunConfig, workdir: Path, say: Say, progress: Progress | Non
         rows_per_epoch=pipeline.rows_per_epoch,
     )
     say_texts(say, pipeline, splits, stores, validation, budget)
-    return Start(config, tokenizer, pipeline, budget, validation, provenance, resume_from)
+    if initial is not None:
+        say(f"weights    from {initial.path}: {initial.num_parameters:,} parameters")
+    return Start(config, tokenizer, pipeline, budget, validation, provenance, resume_from, initial)
+
+
+def _gone_on_from(config: RunConfig, workdir: Path, load: Callable[[str], Loaded]) -> tuple[RunConfig, Loaded | None]:
+    """The config with the model and the tokenizer that it goes on from, and a new run's model itself."""
+    if config.init_from is None:
+        return config, None
+    step = checkpoint.latest_step(workdir) if workdir.is_dir() else None
+    if step is not None:
+        saved = checkpoint.read_config(checkpoint.locate(workdir, step))
+        if saved.init_from == config.init_from:
+            return config.going_on_from(saved.model), None
+    initial = load(config.init_from)
+    if initial.tokenizer is None:
+        raise InputError(f"--init-from {config.init_from} has no tokenizer: put its tokenizer.json or .model there")
+    return validate(config.going_on_from(initial.config.model)), initial
 
 
 def _checkpoint_to_continue(config: RunConfig, workdir: Path, say: Say) -> Path | None:
@@ -114,7 +145,8 @@ def _checkpoint_to_continue(config: RunConfig, workdir: Path, say: Say) -> Path 
         listed = "\n".join(f"  {name}: {old!r} in the run, {new!r} now" for name, (old, new) in forbidden.items())
         raise InputError(
             f"{workdir} holds a run with another config:\n{listed}\n"
-            "To keep both, name another --workdir; to continue this run, leave these fields as they were."
+            "To continue this run, leave these fields as they were; to keep both, name another --workdir, where "
+            f"--init-from {workdir} takes over its weights."
         )
     for name, (old, new) in differences(saved, wanted).items():
         say(f"changed    {name}: {old!r} -> {new!r}")

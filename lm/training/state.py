@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from lm.config import RunConfig
+from lm.config import InputError, RunConfig
 from lm.model import LM
 from lm.nn.language_model import model_specs
 from lm.parallel import parameter_shardings, replicated
@@ -47,6 +47,25 @@ def create_state(cfg: RunConfig, optimizer: optax.GradientTransformation, mesh: 
     """A fresh state from `training.seed`, each device drawing only its own part."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(cfg, optimizer, mesh))
     return jax.jit(lambda: _draw(cfg, optimizer), out_shardings=shardings)()
+
+
+def state_of(params: Any, cfg: RunConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """A state at step 0 with given parameters. Raises InputError where they aren't those of the config's model."""
+    abstract = abstract_state(cfg, optimizer, mesh)
+    expected, found = (
+        {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+        for tree in (abstract.params, params)
+    )
+    for name in expected.keys() | found.keys():
+        shapes = [tree[name].shape if name in tree else None for tree in (expected, found)]
+        if shapes[0] != shapes[1]:
+            raise InputError(f"the weights to go on from have {name} of shape {shapes[1]}, the model needs {shapes[0]}")
+    placed = jax.tree.map(lambda x, like: jax.device_put(x.astype(like.dtype), like.sharding), params, abstract.params)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    start = jax.jit(
+        lambda given: TrainState(jnp.zeros((), jnp.int32), given, optimizer.init(given)), out_shardings=shardings
+    )
+    return start(placed)
 
 
 def _draw(cfg: RunConfig, optimizer: optax.GradientTransformation) -> TrainState:
