@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lm.data.column import Column, SortedColumn, write_sorted
+from lm.data.column import Column, SortedColumn, write_index
 from lm.data.pipeline import Pipeline
 from lm.data.rows import make_rows
 
@@ -36,8 +36,10 @@ class SparseStore:
         with self.files[0].open("wb") as file:
             file.truncate(2 * tokens)
         ends = np.arange(DOCUMENT, tokens + 1, DOCUMENT) if sizes is None else np.cumsum(sizes)
-        size = write_sorted(self.files[1], [np.concatenate([[0], ends])])
-        self._ids, self.offsets = Column(self.files[0], np.uint16, tokens), SortedColumn(self.files[1], size)
+        offsets = np.concatenate([[0], ends])
+        offsets.tofile(self.files[1])
+        write_index(self.files[1], len(offsets))
+        self._ids, self.offsets = Column(self.files[0], np.uint16, tokens), SortedColumn(self.files[1], len(offsets))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -32,7 +32,7 @@ from lm.training.conclusion import conclude, final_evaluation, score
 from lm.training.run import run as run_training
 from lm.training.signals import StopRequest
 from lm.training.start import Start, prepare
-from lm.training.texts import Progress, Validation, splits_of, store_of, validation_sha256
+from lm.training.texts import Progress, store_of, validation_key, validation_of
 
 __all__ = ["Loaded", "Scores", "evaluate", "generate", "load", "preset", "preset_names", "train"]
 
@@ -235,14 +235,13 @@ def _store_to_score(run: Loaded, data: str | None, progress: Progress | None) ->
         separators = (config.data.document_separator, config.data.pair_separator)
         text = open_corpus(data, document_separator=separators[0], pair_separator=separators[1])
         return store_of(text, tokenizer, config, progress)
-    validation = {
-        name: Validation(text, store_of(text, tokenizer, config, progress))
-        for name, text in splits_of(config).validation.items()
-    }
-    now, then = validation_sha256(validation), read_manifest(run.path).provenance["validation_sha256"]
+    texts = validation_of(config)
+    name = data or next(iter(texts))
+    store = store_of(texts[name], tokenizer, config, progress)
+    now, then = store.corpus_sha256, read_manifest(run.path).provenance.get(validation_key(name))
     if now != then:
         raise InputError(
             f"the validation text of {run.path} is not what it was when the run was trained (sha256 {now[:12]} now, "
-            f"{then[:12]} then): name a text with --data"
+            f"{str(then)[:12]} then): name a text with --data"
         )
-    return validation[data or next(iter(validation))].store
+    return store

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from lm.config import InputError
+
+LEFTOVER_SECONDS = 7 * 24 * 3600
 
 
 def directory(*parts: str) -> Path:
@@ -48,20 +52,39 @@ def building(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[bool]:
     """Holds the lock of a file, made on demand; waits while another process holds it. It ends with the process.
 
-    On a file system that has no locks there is none.
+    Gives False where the system or the file system has no locks: then there is none.
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        yield _lock(handle)
     finally:
         os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK):
+            return False
+        raise
+    return True
+
+
+def clear_leftovers(folder: Path, suffix: str) -> None:
+    """Removes what builds that nobody went on with have left in a folder, a week after they last wrote."""
+    for path in folder.glob(f".*{suffix}"):
+        with contextlib.suppress(OSError):
+            newest = max(each.stat().st_mtime for each in (path, *path.iterdir()))
+            if time.time() - newest > LEFTOVER_SECONDS:
+                shutil.rmtree(path)
 
 
 def _root() -> Path:

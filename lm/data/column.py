@@ -6,8 +6,9 @@ count as memory of the process, and its read-ahead fetches 32 pages where a row 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,10 @@ from lm.config import InputError
 
 BLOCK = 512
 """Entries of a sorted column between two of its index: a page of int64."""
+READ_BYTES = 2**30
+"""Read at once at most: no system reads more than 2 GiB, and some refuse to."""
+OTHER_FILES = 512
+"""Files that a process may need to have open besides columns."""
 
 
 class Column:
@@ -29,7 +34,8 @@ class Column:
         try:
             self._file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         except OSError as error:
-            raise InputError(f"{path} can't be read: {error.strerror}") from error
+            way_out = "; raise the limit, ulimit -n" if error.errno == errno.EMFILE else ""
+            raise InputError(f"{path} can't be read: {error.strerror}{way_out}") from error
         if os.fstat(self._file).st_size < offset + size * self.dtype.itemsize:
             self._damaged()
         if hasattr(os, "posix_fadvise"):
@@ -54,9 +60,9 @@ class Column:
     def _read(self, start: int, stop: int) -> np.ndarray:
         wanted = (stop - start) * self.dtype.itemsize
         place = self.offset + start * self.dtype.itemsize
-        data = os.pread(self._file, wanted, place)
-        while len(data) < wanted:  # the kernel gives at most 2 GiB at once
-            more = os.pread(self._file, wanted - len(data), place + len(data))
+        data = os.pread(self._file, min(wanted, READ_BYTES), place)
+        while len(data) < wanted:
+            more = os.pread(self._file, min(wanted - len(data), READ_BYTES), place + len(data))
             if not more:
                 self._damaged()
             data += more
@@ -96,15 +102,18 @@ class SortedColumn(Column):
         return max(block - 1, 0) * BLOCK, min(block * BLOCK, self.size)
 
 
-def write_sorted(path: Path, chunks: Iterable[np.ndarray]) -> int:
-    """Writes a sorted column and its index, a chunk of int64 at a time; gives its length."""
-    size = 0
-    with path.open("wb") as file:
-        for chunk in chunks:
-            np.ascontiguousarray(chunk, np.int64).tofile(file)
-            size += len(chunk)
-    write_index(path, size)
-    return size
+def allow_open_files(columns: int) -> None:
+    """Lets this process have so many columns open besides what it has, as far as it may decide that itself."""
+    try:
+        import resource
+    except ImportError:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = columns + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        top = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(top, soft), hard))
 
 
 def write_index(path: Path, size: int) -> None:

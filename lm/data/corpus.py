@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
+import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -35,6 +36,8 @@ READERS = {
 }
 """What in lm.data.sources makes the reader of a kind. Named, not imported: TFDS and pyarrow take half a second,
 of no use to text files."""
+KEY_VERSION = 1
+"""Counts changes of what is read from the same files."""
 OWN_VALIDATION = ("validation", "valid", "val", "dev", "test")
 """Splits of a dataset that serve as validation, best first."""
 
@@ -89,7 +92,14 @@ class Corpus:
     @cached_property
     def key(self) -> str:
         """SHA-256 over the contents of the files and how they are read, so that a changed file is a changed corpus."""
-        return _sha256(["corpus", self._reader.contents(), self._half and self._half.described()])
+        return self._key_now()
+
+    def changed(self) -> bool:
+        """Whether a file has other contents by now than the key was made of."""
+        return self._key_now() != self.key
+
+    def _key_now(self) -> str:
+        return _sha256([KEY_VERSION, self._reader.contents(), self._half and self._half.described()])
 
 
 class Concatenation(Corpus):
@@ -111,9 +121,8 @@ class Concatenation(Corpus):
     def size(self) -> int:
         return sum(corpus.size for corpus in self._corpora)
 
-    @cached_property
-    def key(self) -> str:
-        return _sha256(["mix", [corpus.key for corpus in self._corpora]])
+    def _key_now(self) -> str:
+        return _sha256(["mix", [corpus._key_now() for corpus in self._corpora]])
 
 
 class Component(NamedTuple):
@@ -168,6 +177,13 @@ def open_splits(
     components = [Component(part.weight, half) for part, (half, _) in zip(parts, halves, strict=True)]
     weights = [part.weight for part in parts]
     return Splits(tuple(components), {"": _joined(train, weights, [half for _, half in halves])})
+
+
+def open_validation(
+    validation: str | Sequence[str], *, document_separator: str | None = None, pair_separator: str = "\n"
+) -> dict[str, Corpus | TokenFiles]:
+    """What `open_splits` gives to validate on, where sources for that are named."""
+    return _open_named(validation, Reading(document_separator, pair_separator))
 
 
 def _open(written: str, reading: Reading) -> Corpus | TokenFiles:
@@ -235,7 +251,10 @@ def _halves(one: Source, reading: Reading) -> tuple[Corpus | TokenFiles, Corpus 
 def _hold_out(base: str, whole: Reader, pair_separator: str) -> tuple[Corpus, Corpus]:
     """Splits a corpus by `holdout`'s rule, after a look at its first documents."""
     documents = Corpus(base, whole)
-    names = whole.ids() or (holdout.name(document, pair_separator) for document in documents)
+    names: Iterable[str] = (holdout.name(document, pair_separator) for document in documents)
+    if known := list(itertools.islice(whole.ids() or (), holdout.FEW + 1)):
+        # Without reading them; but few may be empty, which only reading finds out.
+        names = known if len(known) > holdout.FEW else names
     train, validation = holdout.halves(base, names, documents, pair_separator)
     return Corpus(f"{base}[train]", whole, train), Corpus(f"{base}[validation]", whole, validation)
 

@@ -78,9 +78,12 @@ class Encoders:
             return encode(self.tokenizer, texts)
         process = getattr(self._own, "process", None) or self._start()
         try:
+            if not hasattr(self._own, "process"):
+                _send(process.stdin, self.tokenizer)
+                self._own.process = process
             _send(process.stdin, texts)
             answer = _receive(process.stdout)
-        except (BrokenPipeError, EOFError) as error:
+        except (BrokenPipeError, EOFError, pickle.UnpicklingError) as error:
             raise InputError(
                 f"a process that tokenises has died (exit status {process.wait()}): if it ran out of memory, use fewer "
                 "of them with data.tokenizer_processes"
@@ -94,17 +97,21 @@ class Encoders:
         program = f"import sys; sys.path[:] = {sys.path!r}; from lm.data import encoding; encoding.serve()"
         environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}  # a process, a core
         command = [sys.executable, "-c", program]
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        try:
+            process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        except OSError as error:
+            raise InputError(
+                f"no process can be started to tokenise: {error.strerror}; use fewer with data.tokenizer_processes"
+            ) from error
         self._running.append(process)
-        self._own.process = process
-        _send(process.stdin, self.tokenizer)
         return process
 
 
 def serve() -> None:
     """What each process does: reads a tokenizer and then batches of texts, until its input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
-    source, sink = sys.stdin.buffer, sys.stdout.buffer
+    source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not get between our answers
     tokenizer = _receive(source)
     while True:
         try:

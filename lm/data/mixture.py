@@ -15,8 +15,8 @@ class Mixture:
     more of exactly one component.
     """
 
-    def __init__(self, weights: Sequence[float]):
-        exact = [Fraction(repr(weight)) for weight in weights]  # 0.7 is 7/10, not the float closest to it
+    def __init__(self, weights: Sequence[float | Fraction]):
+        exact = [Fraction(str(weight)) for weight in weights]  # 0.7 is 7/10, not the float closest to it
         assert exact and min(exact) > 0
         self._later = [(sum(exact[k + 1 :]) / sum(exact[k:])).as_integer_ratio() for k in range(len(exact))]
 

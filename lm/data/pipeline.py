@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 
 import grain
 import numpy as np
@@ -20,7 +21,7 @@ PREFETCH_BATCHES = 4
 
 
 class Pipeline:
-    """The training batches of one or several token stores, as (weight, rows) each.
+    """The training batches of one or several token stores, as (share of the tokens, of any scale; rows) each.
 
     An epoch of a store is all its rows in an order of its own. Those of several are interleaved by weight, each going
     through epochs of its own; `rows_per_epoch` is then all rows that they have together, a measure of length: a store
@@ -32,8 +33,10 @@ class Pipeline:
         self.batch_size = batch_size
         (self.context,) = {rows.context for rows in self.components}
         self.rows_per_epoch = sum(len(rows) for rows in self.components)
-        self.tokens_per_step = batch_size * self.context
-        self._mixture = Mixture([weight for weight, _ in components])
+        # Rows of different stores are filled differently: a share of the tokens is another share of the rows.
+        self._mixture = Mixture(
+            [Fraction(str(weight)) * len(rows) / rows.store.num_tokens for weight, rows in components]
+        )
         self._seeds = [_component_seed(seed, number) for number in range(len(components))]
         # Shuffle before repeat: each epoch is then a permutation of the rows, and another one.
         self._orders = [
@@ -65,16 +68,25 @@ class Pipeline:
         return iter(batches.to_iter_dataset(options))
 
     def shares(self, steps: int) -> list[float]:
-        """The share of each component in the rows of the first steps: counted, not the weights."""
-        rows = steps * self.batch_size
-        return [count / rows for count in self._mixture.counts(rows)]
+        """The share of each component in the tokens of the first steps: counted, not the weights."""
+        counts = self._mixture.counts(steps * self.batch_size)
+        tokens = [count * self._tokens_a_row(rows) for count, rows in zip(counts, self.components, strict=True)]
+        return [each / sum(tokens) for each in tokens]
 
     def fill(self, steps: int) -> float:
         """The part of all positions of the first steps that hold tokens, on average: the rest is padding."""
-        tokens_a_row = [rows.store.num_tokens / len(rows) for rows in self.components]
-        return (
-            sum(share * tokens for share, tokens in zip(self.shares(steps), tokens_a_row, strict=True)) / self.context
-        )
+        counts = self._mixture.counts(steps * self.batch_size)
+        tokens = sum(count * self._tokens_a_row(rows) for count, rows in zip(counts, self.components, strict=True))
+        return tokens / (sum(counts) * self.context)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in a batch, on average; of rows that are cut where they fall every position holds one."""
+        rows = [rows for rows in self.components if rows.padded]
+        return round(self.batch_size * self.context * self.fill(1000)) if rows else self.batch_size * self.context
+
+    def _tokens_a_row(self, rows: Rows) -> float:
+        return rows.store.num_tokens / len(rows)
 
     def _cut(self, number: int, located: list[tuple[int, int]]) -> Batch:
         """The rows of a component, of those located."""

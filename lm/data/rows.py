@@ -25,6 +25,8 @@ class Rows(Protocol):
 
     store: Store
     context: int
+    padded: bool
+    """Whether rows in number may have positions without a token."""
 
     def __len__(self) -> int: ...
 
@@ -66,7 +68,7 @@ class SplitRows:
                 f"{store.source} has {store.num_tokens} tokens, less than one row of data.context {context}: "
                 f"use more text or a context of at most {store.num_tokens}"
             )
-        self.store, self.context = store, context
+        self.store, self.context, self.padded = store, context, False
         self._prompts = None if prompt_loss else store.prompts
 
     def __len__(self) -> int:
@@ -90,7 +92,7 @@ class PlannedRows:
     """Rows as a plan has them, the same in every epoch."""
 
     def __init__(self, store: Store, plan: Plan, *, context: int, prompt_loss: bool):
-        self.store, self.context = store, context
+        self.store, self.context, self.padded = store, context, True
         self._plan, self._prompt_loss = plan, prompt_loss
 
     def __len__(self) -> int:

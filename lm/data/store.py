@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 
 from lm.config import InputError
 from lm.data.column import write_index
-from lm.data.corpus import Corpus, Document
-from lm.data.encoding import Encoded, Encoders
+from lm.data.corpus import Corpus
+from lm.data.measuring import Finished, encoded_documents
 from lm.data.tokenizer import Tokenizer
 
 FORMAT_VERSION = 2
@@ -51,17 +49,6 @@ class Journal:
     sizes: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(FILES, 0))
 
 
-class Finished(NamedTuple):
-    """A document as the store keeps it."""
-
-    name: str
-    ids: np.ndarray
-    prompt: int
-    sizes: tuple[int, int, int, int]
-    digest: bytes
-    done: int
-
-
 def write(
     directory: Path,
     corpus: Corpus,
@@ -72,23 +59,15 @@ def write(
 ) -> None:
     """Fills `directory` with the store of a corpus, going on from what an earlier build left there."""
     journal = _resumed(directory, fingerprint)
-    written = journal.characters
     try:
-        with _Appender(directory, journal, tokenizer) as store:
-            workers = processes if corpus.size > SMALL_BYTES else 1
-            for document in _encoded(corpus, tokenizer, journal.documents, workers):
-                store.append(document)
-                if progress is not None:
-                    progress(document.done, corpus.size)
-                if journal.characters - written >= JOURNAL_CHARACTERS:
-                    store.commit()
-                    written = journal.characters
-            store.commit()
-        if not journal.characters:
-            raise InputError(f"{corpus.source} has no text: it has no document that isn't empty")
+        _append(directory, corpus, tokenizer, journal, processes, progress)
     except InputError:
-        shutil.rmtree(directory, ignore_errors=True)  # text that is mended has another fingerprint
+        if not (directory / JOURNAL).exists():  # there is nothing to go on with
+            shutil.rmtree(directory, ignore_errors=True)
         raise
+    if corpus.changed():
+        shutil.rmtree(directory, ignore_errors=True)
+        raise InputError(f"{corpus.source} was changed while it was read: start again")
     describe(
         directory,
         journal,
@@ -98,6 +77,28 @@ def write(
         corpus_sha256=journal.digest,
         skipped=corpus.skipped,
     )
+
+
+def _append(
+    directory: Path,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    journal: Journal,
+    processes: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Appends all documents that the journal doesn't have yet."""
+    written = journal.characters
+    with _Appender(directory, journal, tokenizer) as store:
+        workers = processes if corpus.size > SMALL_BYTES else 1
+        for document in encoded_documents(corpus, tokenizer, journal.documents, workers, BATCH_CHARACTERS):
+            store.append(document)
+            if progress is not None:
+                progress(document.done, corpus.size)
+            if journal.characters - written >= JOURNAL_CHARACTERS:
+                store.commit()
+                written = journal.characters
+        store.commit()
 
 
 def describe(
@@ -114,9 +115,7 @@ def describe(
     with (directory / "offsets.bin").open("ab") as file:
         np.array([journal.tokens], np.int64).tofile(file)
     write_index(directory / "offsets.bin", journal.documents + 1)
-    if not journal.prompted:
-        for name in PROMPT_FILES:
-            (directory / name).unlink(missing_ok=True)
+    left_out = () if journal.prompted else PROMPT_FILES
     described = {
         "fingerprint": journal.fingerprint,
         "corpus_sha256": corpus_sha256,
@@ -126,13 +125,17 @@ def describe(
         "documents": journal.documents,
         "tokens": journal.tokens,
         "skipped": skipped,
-        "files": {path.name: path.stat().st_size for path in sorted(directory.glob("*.bin*"))},
+        "files": {
+            path.name: path.stat().st_size for path in sorted(directory.glob("*.bin*")) if path.name not in left_out
+        },
     }
     with (directory / DESCRIPTION).open("w", encoding="utf-8") as file:
         json.dump(described, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     (directory / JOURNAL).unlink(missing_ok=True)
+    for name in left_out:
+        (directory / name).unlink(missing_ok=True)
 
 
 def id_dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -205,68 +208,3 @@ class _Appender:
         scratch = self.directory / f".{JOURNAL}"
         scratch.write_text(json.dumps(dataclasses.asdict(self.journal)), encoding="utf-8")
         scratch.replace(self.directory / JOURNAL)
-
-
-class _Waiting(NamedTuple):
-    """A document whose pieces are being encoded. `joined` words run over from one piece into the next."""
-
-    name: str
-    pieces: int
-    prompted: bool
-    joined: int
-    joined_to_prompt: int
-    digest: bytes
-    done: int
-
-
-def _encoded(corpus: Corpus, tokenizer: Tokenizer, first: int, processes: int) -> Iterator[Finished]:
-    """The documents from number `first` on, in order."""
-    waiting: deque[_Waiting] = deque()
-
-    def batches() -> Iterator[list[str]]:
-        batch: list[str] = []
-        characters = 0
-        for document, done in itertools.islice(corpus.scan(), first, None):
-            pieces = tokenizer.split_at_cuts(document.text, BATCH_CHARACTERS)
-            waiting.append(_described(document, pieces, done))
-            for piece in [document.prompt, *pieces] if document.prompt else pieces:
-                batch.append(piece)
-                characters += len(piece)
-                if characters >= BATCH_CHARACTERS:
-                    yield batch
-                    batch, characters = [], 0
-        if batch:
-            yield batch
-
-    with Encoders(tokenizer, processes) as encoders:
-        pieces = itertools.chain.from_iterable(encoders.map(batches()))
-        for piece in pieces:
-            document = waiting.popleft()
-            yield _finished(document, [piece, *itertools.islice(pieces, document.pieces - 1)])
-
-
-def _described(document: Document, pieces: list[str], done: int) -> _Waiting:
-    digest = hashlib.sha256()
-    for part in document:
-        data = part.encode()
-        digest.update(len(data).to_bytes(8, "big"))
-        digest.update(data)
-    joined = sum(_joined(one, two) for one, two in itertools.pairwise(pieces))
-    to_prompt = _joined(document.prompt, document.text)
-    number = len(pieces) + bool(document.prompt)
-    return _Waiting(document.id, number, bool(document.prompt), joined, to_prompt, digest.digest(), done)
-
-
-def _joined(one: str, two: str) -> bool:
-    """Whether a word runs from one text into the next."""
-    return bool(one and two) and not one[-1].isspace() and not two[0].isspace()
-
-
-def _finished(document: _Waiting, pieces: list[Encoded]) -> Finished:
-    prompt = pieces[0] if document.prompted else Encoded(np.array([], pieces[0].ids.dtype), 0, 0)
-    text = pieces[document.prompted :]
-    ids = np.concatenate([prompt.ids, *(piece.ids for piece in text)])
-    text_bytes = sum(piece.bytes for piece in text)
-    text_words = sum(piece.words for piece in text) - document.joined
-    sizes = (text_bytes, text_words, prompt.bytes, prompt.words - document.joined_to_prompt)
-    return Finished(document.name, ids, len(prompt.ids), sizes, document.digest, document.done)

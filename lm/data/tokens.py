@@ -18,12 +18,14 @@ import numpy as np
 
 from lm.config import InputError
 from lm.data import cache, marks, store
-from lm.data.column import Column, SortedColumn
+from lm.data.column import Column, SortedColumn, allow_open_files
 from lm.data.corpus import Corpus
 from lm.data.sources.token_files import TokenFiles
 from lm.data.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
+BUILDING = ".building"
+"""Ends the name of the folder in which a store is made."""
 
 
 class Sizes(NamedTuple):
@@ -130,18 +132,21 @@ def tokenize(
     Raises:
         InputError: bad text, with its place; no text; a full disk; a store that has been damaged since it was made.
     """
-    recipe = json.dumps([store.FORMAT_VERSION, corpus.key, tokenizer.sha256, tokenizer.bos, tokenizer.eos])
+    kind = [tokenizer.sha256, tokenizer.library_version, tokenizer.bos, tokenizer.eos]
+    recipe = json.dumps([store.FORMAT_VERSION, corpus.key, *kind])
     fingerprint = hashlib.sha256(recipe.encode()).hexdigest()
     folder = cache.directory("tokens")
     directory = folder / fingerprint[:32]
     if not directory.exists():
         lock = folder / f".{directory.name}.lock"
-        with cache.locked(lock):
+        with cache.locked(lock) as alone:
             if not directory.exists():  # another process may have made it while this one waited
-                _make(directory, corpus, tokenizer, fingerprint, processes or os.cpu_count() or 1, progress)
+                cache.clear_leftovers(folder, BUILDING)
+                _make(directory, corpus, tokenizer, fingerprint, processes or _cores(), progress, alone)
             lock.unlink(missing_ok=True)  # who waits on it finds the store
     shards = None
     if isinstance(corpus, TokenFiles) and corpus.split is None:
+        allow_open_files(len(corpus.files))
         shards = [Column(file.path, file.dtype, file.size, offset=file.offset) for file in corpus.files]
     return TokenStore(directory, source=corpus.source, tokenizer=tokenizer, shards=shards)
 
@@ -153,20 +158,31 @@ def _make(
     fingerprint: str,
     processes: int,
     progress: Progress | None,
+    alone: bool,
 ) -> None:
-    """Makes a store beside its place, which a rename then gives it: there it is complete or not at all."""
-    scratch = directory.with_name(f".{directory.name}.building")
+    """Makes a store beside its place, which a rename then gives it: there it is complete or not at all.
+
+    Only one that is surely `alone` goes on from what another left.
+    """
+    scratch = directory.with_name(f".{directory.name}{BUILDING}")
     try:
-        if isinstance(corpus, TokenFiles):
-            marks.write(scratch, corpus, tokenizer, fingerprint, progress)
-        else:
-            store.write(scratch, corpus, tokenizer, fingerprint, processes, progress)
-        scratch.rename(directory)
+        with contextlib.nullcontext(scratch) if alone else cache.building(directory) as folder:
+            if isinstance(corpus, TokenFiles):
+                marks.write(folder, corpus, tokenizer, fingerprint, progress)
+            else:
+                store.write(folder, corpus, tokenizer, fingerprint, processes, progress)
+        if alone:
+            scratch.rename(directory)
     except OSError as error:
         raise InputError(
             f"the token store of {corpus.source} can't be written under {scratch.parent}: {error.strerror}; make room, "
             "and the same command goes on from where it was, or set LM_CACHE to another folder"
         ) from error
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _described(directory: Path) -> dict[str, Any]:

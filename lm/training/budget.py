@@ -17,11 +17,11 @@ class Budget:
     warmup_steps: int
 
     @classmethod
-    def of(cls, cfg: TrainingConfig, *, warmup_steps: int, context: int, rows_per_epoch: int) -> Budget:
-        """The budget of a config, given the length of a row in tokens and the rows of an epoch."""
+    def of(cls, cfg: TrainingConfig, *, warmup_steps: int, tokens_per_step: int, rows_per_epoch: int) -> Budget:
+        """The budget of a config, given the tokens of a batch and the rows of an epoch."""
         steps = cfg.steps
         if cfg.tokens is not None:
-            steps = math.ceil(cfg.tokens / (cfg.batch_size * context))
+            steps = math.ceil(cfg.tokens / tokens_per_step)
         if cfg.epochs is not None:
             steps = math.ceil(cfg.epochs * rows_per_epoch / cfg.batch_size)
         return cls(steps, cfg.seconds, warmup_steps)

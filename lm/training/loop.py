@@ -50,6 +50,7 @@ def train(
     cfg: RunConfig,
     budget: Budget,
     hands: Hands,
+    tokens_per_step: int,
     flops_per_token: float,
     peak_flops: float | None,
     stop: StopRequest,
@@ -59,13 +60,14 @@ def train(
     Args:
       state: after `step` updates and `seconds` of training.
       best: lowest nats a token of any evaluation so far, infinity for none; a lower one is saved.
+      tokens_per_step: in a batch, padding left out.
       peak_flops: of all devices together, FLOP/s; None where it is not known.
 
     Returns:
       The last state, its step, and the seconds of training.
     """
     clock = Clock(seconds)
-    log = _Log(cfg, hands.write, flops_per_token, peak_flops)
+    log = _Log(cfg, hands.write, tokens_per_step, flops_per_token, peak_flops)
     saved: int | None = step if step else None
     scores: dict[str, Scores] | None = None
     while not budget.done(step, clock.seconds()) and stop.signal is None:
@@ -111,11 +113,16 @@ class _Log:
     """Holds a step's numbers until the next step is under way, so that the host never waits for what it dispatched."""
 
     def __init__(
-        self, cfg: RunConfig, write: Callable[[dict[str, Any]], None], flops_per_token: float, peak: float | None
+        self,
+        cfg: RunConfig,
+        write: Callable[[dict[str, Any]], None],
+        tokens_per_step: int,
+        flops_per_token: float,
+        peak: float | None,
     ):
         self.write, self.flops_per_token, self.peak = write, flops_per_token, peak
         self.every_steps = cfg.observe.every_steps
-        self.tokens_per_step = cfg.training.batch_size * cfg.data.context
+        self.tokens_per_step = tokens_per_step
         self.held: tuple[int, Sums] | None = None
         self.since = time.perf_counter()
         self.steps_since = 0

@@ -32,7 +32,7 @@ from lm.training.texts import (
     store_of,
     together,
     tokenizer_of,
-    validation_sha256,
+    validation_key,
 )
 from lm.validation import validate
 
@@ -90,7 +90,7 @@ def prepare(
     }
     provenance = {
         "data_sha256": together([store.corpus_sha256 for store in stores]),
-        "validation_sha256": validation_sha256(validation),
+        **{validation_key(name): each.store.corpus_sha256 for name, each in validation.items()},
         "tokenizer_sha256": tokenizer.sha256,
     }
     if resume_from:
@@ -99,7 +99,7 @@ def prepare(
     budget = Budget.of(
         config.training,
         warmup_steps=config.optimizer.warmup_steps,
-        context=config.data.context,
+        tokens_per_step=pipeline.tokens_per_step,
         rows_per_epoch=pipeline.rows_per_epoch,
     )
     say_texts(say, pipeline, splits, stores, validation, budget)
@@ -190,8 +190,9 @@ def _check_sample(config: RunConfig, tokenizer: Tokenizer) -> None:
 
 
 def _check_provenance(workdir: Path, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
-    kinds = {"data_sha256": "training text", "validation_sha256": "validation text", "tokenizer_sha256": "tokenizer"}
-    for name, what in kinds.items():
+    kinds = {"data": "training text", "validation": "validation text", "tokenizer": "tokenizer"}
+    for name in now:
+        what = kinds[name.partition("_")[0]]
         if saved.get(name) != now[name]:
             raise InputError(
                 f"the {what} is not the one that the run in {workdir} began with (sha256 {now[name][:12]} now, "

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from lm.config import RunConfig
 from lm.data import tokenizer as tokenizers
-from lm.data.corpus import Corpus, Splits, open_splits
+from lm.data.corpus import Corpus, Splits, open_splits, open_validation
 from lm.data.pipeline import Pipeline
 from lm.data.rows import make_rows
 from lm.data.sources.token_files import TokenFiles
@@ -49,9 +49,19 @@ def store_of(
     return tokenize(text, tokenizer, processes=config.data.tokenizer_processes, progress=tell)
 
 
-def validation_sha256(validation: Mapping[str, Validation]) -> str:
-    """Of all texts that a run is validated on."""
-    return together([each.store.corpus_sha256 for each in validation.values()])
+def validation_of(config: RunConfig) -> dict[str, Corpus | TokenFiles]:
+    """The texts that a config validates on; the training text is opened only where they are held out of it."""
+    data = config.data
+    if not data.validation:
+        return splits_of(config).validation
+    return open_validation(
+        data.validation, document_separator=data.document_separator, pair_separator=data.pair_separator
+    )
+
+
+def validation_key(name: str) -> str:
+    """What the SHA-256 of a text to validate on is called in a checkpoint's provenance."""
+    return "validation_sha256" + (f" of {name}" if name else "")
 
 
 def together(digests: Sequence[str]) -> str:
@@ -103,4 +113,5 @@ def say_texts(
     if len(stores) > 1:
         shares = pipeline.shares(steps)
         for part, store, share in zip(splits.train, stores, shares, strict=True):
-            say(f"mixture    {100 * share:.2f} % of the rows from {part.corpus.source}: {store.num_tokens:,} tokens")
+            has = f"{store.num_tokens:,} tokens"
+            say(f"mixture    {100 * share:.2f} % of the tokens from {part.corpus.source}, which has {has}")

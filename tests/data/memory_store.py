@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 
-from lm.data.column import Column, SortedColumn, write_sorted
+from lm.data.column import Column, SortedColumn, write_index
 
 
 class MemoryOffsets:
@@ -53,7 +53,8 @@ class MemoryStore:
         """The same, read by columns in a folder."""
         self.ids.tofile(folder / "ids.bin")
         store = MemoryStore(self.ids, self.offsets.values, self.prompts, self.source)
-        write_sorted(folder / "offsets.bin", [self.offsets.values])
+        self.offsets.values.tofile(folder / "offsets.bin")
+        write_index(folder / "offsets.bin", len(self.offsets.values))
         store.offsets = SortedColumn(folder / "offsets.bin", len(self.offsets))
         column = Column(folder / "ids.bin", self.ids.dtype, len(self.ids))
         store.read = lambda start, stop: column[start:stop]

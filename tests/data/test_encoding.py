@@ -46,7 +46,22 @@ def test_a_process_that_dies_is_said():
             list(made)
 
 
-def test_an_error_of_ours_in_a_batch_is_raised_here(monkeypatch):
-    monkeypatch.setattr(encoding, "encode", lambda *_: 1 / 0)
-    with Encoders(ByteTokenizer(), 1) as encoders, pytest.raises(ZeroDivisionError):
+class Broken(ByteTokenizer):
+    def encode_batch(self, texts):
+        print("a library may print")
+        return [1 / 0 for _ in texts]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_error_in_a_batch_is_raised_here(processes):
+    with Encoders(Broken(), processes) as encoders, pytest.raises(ZeroDivisionError):
+        list(encoders.map(BATCHES))
+
+
+def test_a_process_that_can_not_start_is_said(monkeypatch):
+    monkeypatch.setattr(encoding.sys, "executable", "/bin/false")
+    with Encoders(ByteTokenizer(), 2) as encoders, pytest.raises(InputError, match=r"has died \(exit status 1\)"):
+        list(encoders.map(BATCHES))
+    monkeypatch.setattr(encoding.sys, "executable", "/nowhere")
+    with Encoders(ByteTokenizer(), 2) as encoders, pytest.raises(InputError, match="no process can be started"):
         list(encoders.map(BATCHES))

@@ -92,6 +92,21 @@ def test_of_one_document_the_last_tenth_is_held_out(tmp_path):
     assert held.document_id(0) == "a.bin#0[validation]"
 
 
+def test_more_files_than_may_be_open(tmp_path):
+    """The limit is raised as far as this process may."""
+    resource = pytest.importorskip("resource")
+    for n in range(200):
+        np.array([n, EOS], "<u2").tofile(tmp_path / f"{n:03}.bin")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (150, hard))
+    try:
+        made = tokenized(f"tokens:{tmp_path}/*.bin")
+        assert made.read(0, made.num_tokens)[::2].tolist() == [*range(200)]
+    finally:
+        del made
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_moved_files_are_found_where_they_are_now(tmp_path):
     nanogpt(tmp_path / "a.bin", "one", "two")
     first = tokenized(f"tokens:{tmp_path}/a.bin")

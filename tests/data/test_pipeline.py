@@ -123,9 +123,21 @@ def test_the_same_text_twice_in_a_mixture_shows_other_rows_at_a_time(store):
 
 
 def test_the_first_component_is_in_the_order_it_has_alone(store):
-    alone, both = pipeline_of(store, batch_size=1), pipeline_of(store, store_of([50]), batch_size=2)
-    for step in range(100):
-        assert_same(both.batch_at(step, slice(0, 1)), alone.batch_at(step))
+    alone, both = pipeline_of(store, batch_size=1), pipeline_of(store, store_of([50]), batch_size=1)
+    located = [both._mixture.locate(step) for step in range(200)]
+    assert 80 < sum(component == 0 for component, _ in located) < 120
+    for step, (component, index) in enumerate(located):
+        if component == 0:
+            assert_same(both.batch_at(step), alone.batch_at(index))
+
+
+def test_weights_are_shares_of_the_tokens_however_full_the_rows_are(store):
+    """Short documents fill a little of each padded row."""
+    pipeline = pipeline_of(store_of([5] * 30), store_of([16] * 30), packing="padded", batch_size=4)
+    assert pipeline.shares(1000) == pytest.approx([0.5, 0.5], abs=1e-3)
+    first = [pipeline._mixture.locate(row)[0] for row in range(2100)]
+    assert first.count(0) == pytest.approx(1600, abs=3), "16 to 5, as the tokens in their rows"
+    assert pipeline.tokens_per_step == round(4 * 16 * pipeline.fill(1000)) == round(4 * 2 * 80 / 21)
 
 
 def test_fill_is_the_part_of_positions_that_hold_tokens(make):

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import textwrap
@@ -168,6 +169,59 @@ def test_a_build_that_was_cut_short_is_gone_on_with(many, monkeypatch, what):
     assert len(stores()) == 1
     monkeypatch.setattr(store, "FORMAT_VERSION", -1)
     assert columns(tokenize(open_corpus(many), BYTES)) == resumed
+
+
+def test_a_fault_on_the_way_loses_nothing(many, monkeypatch):
+    """A process that dies, a network that fails: the text is the same afterwards, and the build goes on."""
+    monkeypatch.setattr(store, "JOURNAL_CHARACTERS", 2000)
+    monkeypatch.setattr(store, "BATCH_CHARACTERS", 2000)
+
+    class Failing(Counting):
+        def encode(self, text):
+            if Counting.encoded == 30:
+                raise InputError("a process has died")
+            return super().encode(text)
+
+    monkeypatch.setattr(Counting, "encoded", 0)
+    with pytest.raises(InputError, match="a process has died"):
+        tokenize(open_corpus(many), Failing())
+    monkeypatch.setattr(Counting, "encoded", 0)
+    assert len(tokenize(open_corpus(many), Counting())) == 50
+    assert 0 < Counting.encoded < 50
+
+
+def test_without_locks_each_builds_in_a_folder_of_its_own(many, monkeypatch):
+    first = columns(tokenize(open_corpus(many), BYTES))
+    monkeypatch.setattr(store, "FORMAT_VERSION", -1)
+    monkeypatch.setattr(cache, "_lock", lambda handle: False)
+    begun = []
+
+    def progress(*_):
+        if not begun:  # another process comes in the middle of this one's work
+            begun.append(columns(tokenize(open_corpus(many), BYTES)))
+
+    assert columns(tokenize(open_corpus(many), BYTES, progress=progress)) == begun[0] == first
+    assert len(stores()) == 2
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path):
+    for n in range(3):
+        (tmp_path / f"{n}.txt").write_text(f"text {n}")
+    corpus = open_corpus(f"text:{tmp_path}/*.txt")
+    with pytest.raises(InputError, match="was changed while it was read: start again"):
+        tokenize(corpus, BYTES, progress=lambda *_: (tmp_path / "2.txt").write_text("another"))
+    assert not [name for name in stores() if not name.endswith(".lock")]
+
+
+def test_old_leftovers_are_cleared(many):
+    build(many, "kill").communicate()
+    (left,) = cache.directory("tokens").glob(".*.building")
+    tokenize(open_corpus(many.replace("*", "0*")), BYTES)
+    assert left.exists(), "it may still be gone on with"
+    for path in (*left.iterdir(), left):
+        os.utime(path, (1e9, 1e9))
+    tokenize(open_corpus(many.replace("*", "1*")), BYTES)
+    assert not left.exists()
 
 
 def test_what_a_kill_left_behind_is_made_anew_where_it_can_not_be_used(many):

@@ -18,7 +18,7 @@ from .ten_steps import run_config
 
 def budget(**given) -> Budget:
     cfg = TrainingConfig(**{"steps": None, "batch_size": 8, **given})
-    return Budget.of(cfg, warmup_steps=10, context=16, rows_per_epoch=20)
+    return Budget.of(cfg, warmup_steps=10, tokens_per_step=128, rows_per_epoch=20)
 
 
 @pytest.mark.parametrize(

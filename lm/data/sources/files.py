@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import io
@@ -89,22 +90,37 @@ def digest(file: File) -> str:
         except errors() as error:
             raise InputError(f"{file.path} can't be read: {error}") from error
     try:
-        state = Path(file.path).stat()
-        name = [os.path.abspath(file.path), state.st_size, state.st_mtime_ns, state.st_ino]  # noqa: PTH100 (keeps links)
-        kept = cache.directory("hashes") / hashlib.sha256(json.dumps(name).encode()).hexdigest()[:32]
-        if state.st_size > SMALL and kept.exists():
-            return kept.read_text(encoding="ascii")
+        state = _state(file)
+        kept = cache.directory("hashes") / hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
+        if state.size > SMALL and kept.exists() and len(known := kept.read_text(encoding="ascii")) == 64:
+            return known
         with Path(file.path).open("rb") as data:
             found = hashlib.file_digest(data, "sha256").hexdigest()
-        after = Path(file.path).stat()
+        unchanged = _state(file) == state
     except OSError as error:
         raise InputError(f"{file.path} can't be read: {error.strerror}") from error
-    unchanged = (after.st_size, after.st_mtime_ns) == (state.st_size, state.st_mtime_ns)
-    if state.st_size > SMALL and unchanged and time.time() - state.st_mtime > SETTLED_SECONDS:
-        scratch = kept.with_name(f".{kept.name}-{os.getpid()}")
-        scratch.write_text(found, encoding="ascii")
-        scratch.replace(kept)
+    if state.size > SMALL and unchanged and time.time() - state.changed_ns / 1e9 > SETTLED_SECONDS:
+        with contextlib.suppress(OSError):  # it saves time, no more
+            scratch = kept.with_name(f".{kept.name}-{os.getpid()}")
+            scratch.write_text(found, encoding="ascii")
+            scratch.replace(kept)
     return found
+
+
+class _State(NamedTuple):
+    """What changes when a file does. `changed_ns` is the inode's own time, which no program sets."""
+
+    path: str
+    size: int
+    modified_ns: int
+    changed_ns: int
+    inode: int
+
+
+def _state(file: File) -> _State:
+    found = Path(file.path).stat()
+    absolute = os.path.abspath(file.path)  # noqa: PTH100 (keeps links)
+    return _State(absolute, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
 
 
 def _local(pattern: str) -> tuple[bool, list[File]]:
@@ -113,6 +129,9 @@ def _local(pattern: str) -> tuple[bool, list[File]]:
     matched = list(map(Path, glob.glob(str(expanded), recursive=True)))  # noqa: PTH207 (Path.glob takes no absolute one)
     root = _fixed_folder(expanded)
     paths = {path.relative_to(root).as_posix(): path for path in matched if path.is_file()}
+    for name in paths:
+        if not name.isascii() and name.encode(errors="replace") != name.encode(errors="surrogateescape"):
+            raise InputError(f"the name of the file {os.fsencode(name)!r} in {root} is not UTF-8: rename it")
     return any(path.is_dir() for path in matched), [
         File(name, str(path), path.stat().st_size) for name, path in paths.items()
     ]

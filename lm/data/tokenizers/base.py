@@ -26,6 +26,7 @@ class Tokenizer(ABC):
         lossless: whether `decode(encode(text)) == text` for every text. True of bytes, of every BPE trained here and of
             byte-level files without a normalizer or prefix space (GPT-2, Llama 3, tiktoken); False where a file
             doesn't promise it (SentencePiece, WordPiece, normalizers).
+        library_version: of what encodes, which may give other ids in another version; empty: our own code.
         cuts: ends of its matches, zero-width ones included, are places where a text may be cut and the parts encoded
             apart with the same ids. None: unknown.
     """
@@ -38,6 +39,7 @@ class Tokenizer(ABC):
     eos: int | None
     pad: int | None
     lossless: bool
+    library_version: str = ""
     cuts: re.Pattern[str] | None
 
     @abstractmethod

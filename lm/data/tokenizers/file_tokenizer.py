@@ -27,6 +27,8 @@ _BLOCK = 512
 class FileTokenizer(Tokenizer):
     """A `tokenizer.json`, run by the `tokenizers` library."""
 
+    library_version = f"tokenizers {tokenizers.__version__}"
+
     def __init__(self, content: str | bytes, kind: str = "file"):
         self.content = content.encode() if isinstance(content, str) else content
         self.kind = kind

@@ -33,6 +33,7 @@ class SentencePieceTokenizer(Tokenizer):
         except ImportError as error:
             raise InputError(f"{path} needs the sentencepiece library: pip install 'lm[sentencepiece]'") from error
         self.content = content
+        self.library_version = f"sentencepiece {sentencepiece.__version__}"
         self._library = sentencepiece.SentencePieceProcessor()
         try:
             self._library.LoadFromSerializedProto(content)

@@ -122,15 +122,32 @@ def test_the_hash_of_a_settled_file_is_kept(tmp_path, monkeypatch):
     path.write_bytes(b"x" * 100_000)
     first = files.digest(file_of(path))
     assert not list(cache.directory("hashes").iterdir())  # just written: it may still change within the clock's tick
-    os.utime(path, OLD)
+    monkeypatch.setattr(files, "SETTLED_SECONDS", -1)
     assert files.digest(file_of(path)) == first
-    assert len(list(cache.directory("hashes").iterdir())) == 1
-    monkeypatch.setattr(files.hashlib, "file_digest", None)  # from here on reading it would fail
+    (kept,) = cache.directory("hashes").iterdir()
+    with monkeypatch.context() as unread:
+        unread.setattr(files.hashlib, "file_digest", None)  # from here on reading it would fail
+        assert files.digest(file_of(path)) == first
+    kept.write_text("")  # as a power cut may leave it
     assert files.digest(file_of(path)) == first
-    monkeypatch.undo()
-    monkeypatch.setenv("LM_CACHE", str(tmp_path / "cache"))
-    path.write_bytes(b"y" * 100_000)
-    assert files.digest(file_of(path)) != first
-    os.utime(path, OLD)
-    path.replace(tmp_path / "b")
-    assert files.digest(file_of(tmp_path / "b")) != first
+
+
+def test_a_file_in_anothers_place_has_a_hash_of_its_own(tmp_path, monkeypatch):
+    """Of the same size, with the same time put on it, as unpacking an archive does; the system reuses the inode."""
+    monkeypatch.setattr(files, "SETTLED_SECONDS", -1)
+    path = tmp_path / "a"
+    found = []
+    for letter in b"xyz":
+        path.unlink(missing_ok=True)
+        path.write_bytes(bytes([letter]) * 100_000)
+        os.utime(path, OLD)
+        found.append(files.digest(file_of(path)))
+    assert len(set(found)) == 3
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("text")
+    with pytest.raises(InputError, match=r"the name of the file b'caf\\xe9.txt' in .* is not UTF-8: rename it"):
+        files.matching("text:x", f"{tmp_path}/*", example="*.txt")
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).rename(tmp_path / "café \ufffd.txt")
+    assert len(files.matching("text:x", f"{tmp_path}/*", example="*.txt")) == 1
