@@ -135,7 +135,10 @@ def own_rows(mesh: Mesh, rows: int) -> slice:
 
 def put_rows(mesh: Mesh, rows: Any) -> Any:
     """Puts a tree of host arrays [B, ...] on the mesh, split by rows: of a global batch this process's `own_rows`."""
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(_row_sharding(mesh), x), rows)
+    rows_split = _row_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(rows, rows_split)  # the same in half the time
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows_split, x), rows)
 
 
 def _row_sharding(mesh: Mesh) -> NamedSharding:

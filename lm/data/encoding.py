@@ -37,7 +37,12 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> list[Encoded]:
     """Encodes texts and measures them: UTF-8 bytes, and words separated by whitespace."""
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     sizes = [(len(text.encode()), len(text.split())) for text in texts]
-    batches = zip(tokenizer.encode_batch(texts), sizes, strict=True)
+    try:
+        batches = zip(tokenizer.encode_batch(texts), sizes, strict=True)
+    except Exception as error:
+        if type(error) is not Exception:  # what the tokenizers library raises for whatever it can't do
+            raise
+        raise InputError(f"the tokenizer can't encode the text: {error}") from error
     return [Encoded(ids.astype(dtype), *size) for ids, size in batches]
 
 
@@ -120,6 +125,8 @@ def serve() -> None:
             return
         try:
             _send(sink, encode(tokenizer, texts))
+        except BrokenPipeError:  # nobody is waiting any more
+            os._exit(1)
         except Exception as error:  # raised again on the other side
             _send(sink, error)
 

@@ -25,6 +25,7 @@ from lm.data.measuring import Finished, encoded_documents
 from lm.data.tokenizer import Tokenizer
 
 FORMAT_VERSION = 2
+DESCRIBED = ("fingerprint", "corpus_sha256", "bos", "eos", "dtype", "documents", "tokens", "skipped", "files")
 DESCRIPTION, JOURNAL = "store.json", "journal.json"
 BATCH_CHARACTERS = 2**20
 """Text encoded at once: enough to be worth a process's while, little memory."""
@@ -65,9 +66,6 @@ def write(
         if not (directory / JOURNAL).exists():  # there is nothing to go on with
             shutil.rmtree(directory, ignore_errors=True)
         raise
-    if corpus.changed():
-        shutil.rmtree(directory, ignore_errors=True)
-        raise InputError(f"{corpus.source} was changed while it was read: start again")
     describe(
         directory,
         journal,
@@ -96,9 +94,17 @@ def _append(
             if progress is not None:
                 progress(document.done, corpus.size)
             if journal.characters - written >= JOURNAL_CHARACTERS:
+                _check_unchanged(corpus)
                 store.commit()
                 written = journal.characters
+        _check_unchanged(corpus)
         store.commit()
+
+
+def _check_unchanged(corpus: Corpus) -> None:
+    """Nothing is kept of a text that isn't the one the store's name was made of."""
+    if corpus.changed():
+        raise InputError(f"{corpus.source} was changed while it was read: start again")
 
 
 def describe(

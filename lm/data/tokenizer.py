@@ -5,6 +5,7 @@ All but SentencePiece's are kept as a `tokenizer.json`, so that what we save ope
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -69,16 +70,17 @@ def build(config: TokenizerConfig, corpora: Any, *, progress: Callable[[int, int
     how = [config.vocab_size, config.byte_fallback, config.special_tokens, COVERAGE, tokenizers.__version__, PIECES]
     recipe = json.dumps([[corpus.key for corpus in corpora], *how])
     folder = cache.directory("tokenizers", hashlib.sha256(recipe.encode()).hexdigest()[:32])
-    if not (folder / FILE_NAME).exists():
-        trained = train_tokenizer(
-            corpora,
-            config.vocab_size,
-            byte_fallback=config.byte_fallback,
-            special_tokens=config.special_tokens,
-            progress=progress,
-        )
-        trained.save(folder)
-    return FileTokenizer((folder / FILE_NAME).read_bytes(), "bpe")
+    with contextlib.suppress(OSError, InputError):  # not there, or damaged since
+        return _from_json((folder / FILE_NAME).read_bytes(), folder, "bpe")
+    trained = train_tokenizer(
+        corpora,
+        config.vocab_size,
+        byte_fallback=config.byte_fallback,
+        special_tokens=config.special_tokens,
+        progress=progress,
+    )
+    trained.save(folder)
+    return trained
 
 
 def _find(path: Path) -> Path:
@@ -116,8 +118,8 @@ def _open(file: Path, line: bytes) -> Tokenizer:
     return _from_json(content, file)
 
 
-def _from_json(content: str | bytes, file: Path) -> FileTokenizer:
+def _from_json(content: str | bytes, file: Path, kind: str = "file") -> FileTokenizer:
     try:
-        return FileTokenizer(content)
+        return FileTokenizer(content, kind)
     except Exception as error:  # the library raises no narrower type
         raise InputError(f"{file} is not a {FILE_NAME} that the tokenizers library reads: {error}") from error

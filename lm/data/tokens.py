@@ -79,7 +79,8 @@ class TokenStore:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """The ids start..stop of the stream, in an unsigned integer type."""
-        assert 0 <= start <= stop <= self.num_tokens, (start, stop, self.num_tokens)
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise _damaged(self.directory, f"ids {start} to {stop} of {self.num_tokens} are asked for")
         pieces = []
         while True:
             shard = min(bisect.bisect_right(self._shard_ends, start), len(self._shards) - 1)
@@ -187,17 +188,21 @@ def _cores() -> int:
 
 def _described(directory: Path) -> dict[str, Any]:
     """What a store says of itself. Raises InputError where a file of it has not the size it was written with."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    try:
         described = json.loads((directory / store.DESCRIPTION).read_text(encoding="utf-8"))
-        for name, size in described["files"].items():
-            found = (directory / name).stat().st_size
-            if found != size:
-                raise InputError(
-                    f"the token store {directory} is damaged: {name} has {found} bytes, not the {size} it was written "
-                    "with; delete the folder and start again, it is then made anew"
-                )
-        return described
-    raise InputError(
-        f"the token store {directory} is damaged: a file of it is missing or can't be read; delete the folder and "
-        "start again, it is then made anew"
+        sizes = {name: ((directory / name).stat().st_size, size) for name, size in described["files"].items()}
+        missing = {*store.DESCRIBED} - described.keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(directory, f"a file of it is missing or can't be read ({error})") from error
+    if missing:
+        raise _damaged(directory, f"{store.DESCRIPTION} lacks {', '.join(sorted(missing))}")
+    for name, (found, size) in sizes.items():
+        if found != size:
+            raise _damaged(directory, f"{name} has {found} bytes, not the {size} it was written with")
+    return described
+
+
+def _damaged(directory: Path, what: str) -> InputError:
+    return InputError(
+        f"the token store {directory} is damaged: {what}; delete the folder and start again, it is then made anew"
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lm.config import RunConfig
+from lm.config import InputError, RunConfig
 from lm.data import tokenizer as tokenizers
 from lm.data.corpus import Corpus, Splits, open_splits, open_validation
 from lm.data.pipeline import Pipeline
@@ -46,7 +46,10 @@ def store_of(
 ) -> TokenStore:
     """The tokens of a text, from the cache or made now."""
     tell = None if progress is None else functools.partial(progress, f"tokenising {text.source}")
-    return tokenize(text, tokenizer, processes=config.data.tokenizer_processes, progress=tell)
+    store = tokenize(text, tokenizer, processes=config.data.tokenizer_processes, progress=tell)
+    if store.num_tokens <= len(store):
+        raise InputError(f"{text.source} has nothing to predict: none of its {len(store)} documents has two tokens")
+    return store
 
 
 def validation_of(config: RunConfig) -> dict[str, Corpus | TokenFiles]:

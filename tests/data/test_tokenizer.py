@@ -284,3 +284,16 @@ def test_a_file_that_is_no_tokenizer(tmp_path, content):
         tokenizer.load(tmp_path / "nowhere")
     with pytest.raises(InputError, match="no tokenizer in .*: give the path of a tokenizer.json, a SentencePiece"):
         tokenizer.load(tmp_path.parent)
+
+
+def test_a_damaged_tokenizer_in_the_cache_is_trained_anew():
+    text = Texts("some text " * 50)
+    first = tokenizer.build(TokenizerConfig("bpe", None, 270), text)
+    (kept,) = cache.directory("tokenizers").glob("*/tokenizer.json")
+    kept.write_bytes(kept.read_bytes()[:100])
+    assert tokenizer.build(TokenizerConfig("bpe", None, 270), text).content == first.content == kept.read_bytes()
+
+
+def test_a_tokenizer_that_can_not_be_written_is_said(tmp_path):
+    with pytest.raises(InputError, match="the tokenizer can't be written to .*missing/tokenizer.json: No such file"):
+        tokenizer.ByteTokenizer().save(tmp_path / "missing" / "tokenizer.json")

@@ -243,8 +243,24 @@ def test_a_store_that_was_damaged_is_said(corpus_of, name):
     made = tokenize(corpus_of("some text", "more"), BYTES)
     path = made.directory / name
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(InputError, match=f"the token store {made.directory} is damaged: .* delete the folder"):
+    said = "a file of it .* can't be read" if name == "store.json" else rf"{name} has \d+ bytes, not the \d+ it was"
+    with pytest.raises(InputError, match=f"the token store {made.directory} is damaged: {said}.* delete the folder"):
         tokenize(corpus_of("some text", "more"), BYTES)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"files": {}}'])
+def test_a_description_of_something_else_is_said(corpus_of, content):
+    made = tokenize(corpus_of("some text"), BYTES)
+    (made.directory / "store.json").write_text(content)
+    with pytest.raises(InputError, match="is damaged"):
+        tokenize(corpus_of("some text"), BYTES)
+
+
+def test_wrong_offsets_are_said(corpus_of):
+    made = tokenize(corpus_of("some text", "more"), BYTES)
+    np.array([0, 10**9, 2 * 10**9], np.int64).tofile(made.directory / "offsets.bin")
+    with pytest.raises(InputError, match="is damaged: ids 0 to 1000000000 of 17"):
+        tokenize(corpus_of("some text", "more"), BYTES).document(0)
 
 
 def test_a_store_that_is_cut_off_while_it_is_read_is_said(corpus_of):

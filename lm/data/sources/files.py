@@ -8,8 +8,10 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
@@ -91,15 +93,20 @@ def digest(file: File) -> str:
             raise InputError(f"{file.path} can't be read: {error}") from error
     try:
         state = _state(file)
+        if state in _DIGESTS:
+            return _DIGESTS[state]
         kept = cache.directory("hashes") / hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
-        if state.size > SMALL and kept.exists() and len(known := kept.read_text(encoding="ascii")) == 64:
+        if state.size > SMALL and kept.exists() and re.fullmatch("[0-9a-f]{64}", known := kept.read_text("latin-1")):
             return known
         with Path(file.path).open("rb") as data:
             found = hashlib.file_digest(data, "sha256").hexdigest()
         unchanged = _state(file) == state
     except OSError as error:
         raise InputError(f"{file.path} can't be read: {error.strerror}") from error
-    if state.size > SMALL and unchanged and time.time() - state.changed_ns / 1e9 > SETTLED_SECONDS:
+    settled = unchanged and time.time() - state.changed_ns / 1e9 > SETTLED_SECONDS
+    if settled:
+        _DIGESTS[state] = found
+    if settled and state.size > SMALL:
         with contextlib.suppress(OSError):  # it saves time, no more
             scratch = kept.with_name(f".{kept.name}-{os.getpid()}")
             scratch.write_text(found, encoding="ascii")
@@ -117,6 +124,10 @@ class _State(NamedTuple):
     inode: int
 
 
+_DIGESTS: dict[_State, str] = {}
+"""What this process has hashed."""
+
+
 def _state(file: File) -> _State:
     found = Path(file.path).stat()
     absolute = os.path.abspath(file.path)  # noqa: PTH100 (keeps links)
@@ -125,16 +136,22 @@ def _state(file: File) -> _State:
 
 def _local(pattern: str) -> tuple[bool, list[File]]:
     """Whether a glob matches folders, and the files that it matches."""
-    expanded = Path(pattern).expanduser()
-    matched = list(map(Path, glob.glob(str(expanded), recursive=True)))  # noqa: PTH207 (Path.glob takes no absolute one)
+    expanded = Path(os.path.expanduser(pattern))  # noqa: PTH111 (Path's own raises where there is no such user)
+    # A file whose name looks like a glob is meant itself.
+    names = [str(expanded)] if expanded.is_file() else glob.glob(str(expanded), recursive=True)  # noqa: PTH207
+    matched = list(map(Path, names))
     root = _fixed_folder(expanded)
     paths = {path.relative_to(root).as_posix(): path for path in matched if path.is_file()}
-    for name in paths:
-        if not name.isascii() and name.encode(errors="replace") != name.encode(errors="surrogateescape"):
-            raise InputError(f"the name of the file {os.fsencode(name)!r} in {root} is not UTF-8: rename it")
+    _check_names(paths, root)
     return any(path.is_dir() for path in matched), [
         File(name, str(path), path.stat().st_size) for name, path in paths.items()
     ]
+
+
+def _check_names(names: Iterable[str], root: PurePath) -> None:
+    for name in names:
+        if not name.isascii() and name.encode(errors="replace") != name.encode(errors="surrogateescape"):
+            raise InputError(f"the name of the file {os.fsencode(name)!r} in {root} is not UTF-8: rename it")
 
 
 def _remote(source: str, pattern: str) -> tuple[bool, list[File]]:
@@ -149,6 +166,7 @@ def _remote(source: str, pattern: str) -> tuple[bool, list[File]]:
     except errors() as error:
         raise InputError(f"{source} can't be listed: {error}") from error
     root = _fixed_folder(PurePosixPath(path))
+    _check_names(matched, root)
     return any(info["type"] == "directory" for info in matched.values()), [
         # Some servers don't tell a size.
         File(

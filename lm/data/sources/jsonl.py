@@ -40,7 +40,7 @@ def reader(source: Source, reading: Reading) -> JsonLines:
 
 def _record(line: str, place: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = json.loads(line, parse_int=lambda digits: int(digits[:20]))  # longer ones Python may refuse
     except (ValueError, RecursionError) as error:
         hint = "; jsonl: wants one object a line, not one long list" if line.lstrip().startswith("[") else ""
         raise InputError(f"{place} is not JSON: {error}{hint}") from error

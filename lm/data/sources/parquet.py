@@ -70,6 +70,8 @@ def _check(schema: pa.Schema, field: str, file: File) -> None:
             f"{file.path} has no column {field!r}{nearest(field, columns)}: its columns are "
             f"{', '.join(columns) or 'none'}; name one as #FIELD at the end of the source"
         )
+    if (twice := [name for name, _ in _columns(schema)].count(field)) > 1:
+        raise InputError(f"{file.path} has {twice} columns named {field!r}: give them different names")
     kind = columns[field]
     if pa.types.is_dictionary(kind):
         kind = kind.value_type

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -11,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+
+from lm.config import InputError
 
 FILE_NAME = "tokenizer.json"
 
@@ -89,5 +92,10 @@ class Tokenizer(ABC):
         if target.is_dir():
             target = target / self.file_name
         scratch = target.with_name(f".{target.name}-{os.getpid()}")
-        scratch.write_bytes(self.content)
-        return scratch.replace(target)
+        try:
+            scratch.write_bytes(self.content)
+            return scratch.replace(target)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                scratch.unlink()
+            raise InputError(f"the tokenizer can't be written to {target}: {error.strerror}") from error

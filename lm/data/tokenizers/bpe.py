@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
@@ -18,6 +20,11 @@ from lm.data.tokenizers.split_patterns import PIECES
 
 COVERAGE = 0.9995
 """With byte fallback: the part of a text's characters that have tokens of their own, as in SentencePiece."""
+
+
+LONGEST_PIECE = 10_000
+"""In characters, in training: a longer run without, or of, white space is cut."""
+_LONG_RUN = re.compile(rf"\S{{{LONGEST_PIECE},}}|\s{{{LONGEST_PIECE},}}")
 
 
 class Documents(Protocol):
@@ -91,7 +98,7 @@ def _train_on_bytes(texts: Iterable[str], room: int) -> tokenizers.Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=room, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
+    _train(tokenizer, texts, trainer)
     return tokenizer
 
 
@@ -109,11 +116,39 @@ def _train_on_characters(texts: Iterable[str], room: int) -> tokenizers.Tokenize
         limit_alphabet=len(alphabet),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    _train(tokenizer, texts, trainer)
     described = json.loads(tokenizer.to_str())
     described["added_tokens"] = []  # the trainer's way to put tokens first; they are no special ones
     described["model"]["byte_fallback"] = True
     return tokenizers.Tokenizer.from_str(json.dumps(described))
+
+
+def _train(tokenizer: tokenizers.Tokenizer, texts: Iterable[str], trainer: trainers.BpeTrainer) -> None:
+    """Trains in a thread: the library looks for no signals, and Ctrl-C is to end this at once."""
+    failed: list[BaseException] = []
+
+    def train() -> None:
+        try:
+            tokenizer.train_from_iterator((part for text in texts for part in _bounded(text)), trainer)
+        except BaseException as error:  # raised again below
+            failed.append(error)
+
+    thread = threading.Thread(target=train, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if failed:
+        raise failed[0]
+
+
+def _bounded(text: str) -> Iterator[str]:
+    """A text in parts, without pieces longer than LONGEST_PIECE: the trainer needs their length squared."""
+    start = 0
+    for run in _LONG_RUN.finditer(text):
+        yield text[start : run.start()]
+        yield from (text[at : at + LONGEST_PIECE] for at in range(run.start(), run.end(), LONGEST_PIECE))
+        start = run.end()
+    yield text[start:]
 
 
 def _alphabet(texts: Iterable[str], most: int) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from lm.config import InputError
 from lm.data.tokenizers import split_patterns
 from lm.data.tokenizers.base import Tokenizer
 from lm.data.tokenizers.byte_tokenizer import byte_letters, special_token
@@ -39,8 +40,13 @@ class FileTokenizer(Tokenizer):
         self._special = {token.content: number for number, token in added.items() if token.special}
         self._vocabulary = self._library.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._vocabulary.values(), default=-1) + 1
+        if not self.vocab_size:
+            raise InputError("its vocabulary is empty")
         named = by_name(self._special)._asdict()
         self.bos, self.eos, self.pad = SpecialIds(**{**named, **self._described["model"].get(_OUR_KEY, {})})
+        for role, number in (("BOS", self.bos), ("EOS", self.eos), ("padding", self.pad)):
+            if number is not None and not 0 <= number < self.vocab_size:
+                raise InputError(f"its {role} id is {number}, and its vocabulary has {self.vocab_size} tokens")
         self.cuts = split_patterns.cuts(self._described)
         self._encoder = self._make_encoder()
 

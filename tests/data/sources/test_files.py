@@ -151,3 +151,14 @@ def test_a_name_that_is_not_utf8_is_refused(tmp_path):
         files.matching("text:x", f"{tmp_path}/*", example="*.txt")
     (tmp_path / os.fsdecode(b"caf\xe9.txt")).rename(tmp_path / "café \ufffd.txt")
     assert len(files.matching("text:x", f"{tmp_path}/*", example="*.txt")) == 1
+
+
+@pytest.mark.parametrize("name", ["i[1].txt", "a*b.txt", "~nobody.txt"])
+def test_a_file_is_found_by_its_own_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text("text")
+    (tmp_path / "i1.txt").write_text("another")
+    for pattern in (name, str(tmp_path / name)):
+        assert [file.id for file in files.matching("text:x", pattern, example="*.txt")] == [name]
+    with pytest.raises(InputError, match="matches no file"):
+        files.matching("text:x", "~nosuchuser/x", example="*.txt")

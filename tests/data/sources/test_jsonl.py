@@ -69,3 +69,8 @@ def test_utf16_is_recognised(tmp_path):
     (tmp_path / "a.jsonl").write_bytes('{"text": "x"}'.encode("utf-16"))
     with pytest.raises(InputError, match="line 1 is UTF-16: convert it with iconv"):
         list(open_corpus(f"jsonl:{tmp_path}/a.jsonl"))
+
+
+def test_a_long_number_in_another_field_is_no_matter(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"n": ' + "7" * 10_000 + ', "text": "x"}\n')
+    assert [document.text for document in open_corpus(f"jsonl:{tmp_path}/a.jsonl")] == ["x"]

@@ -65,3 +65,10 @@ def test_bad_files_are_named(tmp_path):
     write(tmp_path / "latin.parquet", {"text": not_text})
     with pytest.raises(InputError, match="latin.parquet, row 1: the column 'text' is not UTF-8"):
         list(open_corpus(f"parquet:{tmp_path}/latin.parquet"))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="a.parquet has 2 columns named 'text'"):
+        list(open_corpus(f"parquet:{tmp_path}/a.parquet"))

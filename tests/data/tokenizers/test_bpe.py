@@ -1,4 +1,8 @@
 import random
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -86,3 +90,26 @@ def test_random_texts_come_back():
     for _ in range(300):
         text = "".join(chr(draw.choice([draw.randrange(128), draw.randrange(0x300), 0x1F600])) for _ in range(30))
         assert one.decode(one.encode(text)) == text
+
+
+@pytest.mark.parametrize("text", ["abcdefghij" * 100_000, "\n" * 500_000, "ab " + "x" * 200_000 + " ab"])
+def test_text_without_breaks_is_trained_on_in_seconds(text):
+    trained = train_bpe([text], 270)
+    assert trained.decode(trained.encode(text[:1000])) == text[:1000]
+
+
+def test_ctrl_c_ends_training_at_once(tmp_path):
+    program = (
+        "import random; from lm.data.tokenizers.bpe import train_bpe\n"
+        "text = ' '.join(str(random.Random(n).random()) for n in range(300_000))\n"
+        "print('begun', flush=True)\n"
+        "try: train_bpe([text] * 20, 5000)\n"
+        "except KeyboardInterrupt: import os; os._exit(130)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"begun\n"
+    time.sleep(0.5)
+    begin = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert time.monotonic() - begin < 3
