@@ -12,13 +12,23 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 SCHEMA_VERSION = 1
+GATED = ("swiglu", "geglu")
+"""The activations that act on a gate, which multiplies the hidden units."""
 
 
 class InputError(ValueError):
     """The user's arguments or files are at fault. Commands print the message, way out included, and exit with 2."""
+
+
+class LayerKind(NamedTuple):
+    """All that layers of one stack differ in."""
+
+    window: int | None
+    rotary_base: float
+    rotary_factor: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,27 +46,50 @@ class ModelConfig:
     head_dim: int | None = None
     """Width of a head. None: d_model / num_heads."""
     d_ff: int | None = None
-    """Hidden width of the feed-forward block. None: 4 d_model; for SwiGLU 8/3 d_model, rounded up to 64."""
+    """Hidden width of the feed-forward block. None: 4 d_model; if it is gated 8/3 d_model, rounded up to 64."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Kind of normalisation."""
-    norm_position: Literal["pre", "post"] = "pre"
-    """Normalise before each block (with a final norm after the stack) or after each residual sum (without)."""
+    norm_position: Literal["pre", "post", "both"] = "pre"
+    """Normalise before each block (with a final norm after the stack) or after each residual sum (without); both is
+    pre, and again each block's output before it is added (Gemma 2)."""
+    norm_offset: bool = False
+    """RMSNorm multiplies by 1 + scale (Gemma)."""
     norm_epsilon: float = 1e-5
     """Added to the variance in every norm."""
-    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = "gelu"
-    """Nonlinearity of the feed-forward block; gelu is exact, gelu_tanh GPT-2's approximation."""
+    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu", "geglu"] = "gelu"
+    """Nonlinearity of the feed-forward block; gelu is exact, gelu_tanh GPT-2's approximation. swiglu and geglu are
+    gated, by SiLU and by gelu_tanh."""
     positions: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"
     """How the model is told the order of tokens."""
     max_positions: int | None = None
     """Rows of the learned position table, in tokens. None: data.context."""
-    rotary_base: float = 10_000.0
-    """Base wavelength of rotary positions."""
+    rotary_base: float | tuple[float, ...] = 10_000.0
+    """Base wavelength of rotary positions, in tokens; several repeat over the layers."""
+    rotary_factor: float | tuple[float, ...] = 1.0
+    """How many times longer rotary positions reach, as rotary_scaling says; several repeat over the layers."""
+    rotary_scaling: Literal["linear", "llama3"] = "linear"
+    """linear: positions are divided by rotary_factor. llama3: only the long wavelengths are stretched by it."""
+    rotary_low_frequency_factor: float = 1.0
+    """llama3: wavelengths above rotary_original_positions over this are stretched in full."""
+    rotary_high_frequency_factor: float = 4.0
+    """llama3: wavelengths below rotary_original_positions over this are kept."""
+    rotary_original_positions: int = 8192
+    """llama3: tokens of context that the model was first trained on."""
+    window: int | None | tuple[int | None, ...] = None
+    """Sliding window: a token sees this many, itself and those just before it. Several repeat over the layers. None:
+    all."""
+    attention_scale: float | None = None
+    """Factor on attention scores. None: 1 / sqrt(head_dim)."""
+    attention_softcap: float | None = None
+    """Bound attention scores to (-c, c) by c tanh(x / c). None: off."""
     qk_norm: bool = False
     """RMS-normalise every query and key head."""
     tie_embeddings: bool = True
     """Use the embedding table as the output head."""
     bias: bool = False
     """Biases in the linear layers and in LayerNorm."""
+    qkv_bias: bool | None = None
+    """Biases on queries, keys and values. None: as bias says."""
     head_bias: bool = False
     """A bias on the logits."""
     embedding_scale: bool = False
@@ -94,9 +127,27 @@ class ModelConfig:
     def ff_width(self) -> int:
         if self.d_ff is not None:
             return self.d_ff
-        if self.activation == "swiglu":
+        if self.activation in GATED:
             return -(-8 * self.d_model // (3 * 64)) * 64
         return 4 * self.d_model
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
+    def score_scale(self) -> float:
+        return self.head_width**-0.5 if self.attention_scale is None else self.attention_scale
+
+    @property
+    def layer_pattern(self) -> tuple[LayerKind, ...]:
+        """The kinds of layers, repeated over the stack: layer i is of kind i modulo their number."""
+        kinds = [
+            LayerKind(_nth(self.window, i), _nth(self.rotary_base, i), _nth(self.rotary_factor, i))
+            for i in range(self.num_layers)
+        ]
+        period = next(p for p in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % p] for i in range(len(kinds))))
+        return tuple(kinds[:period])
 
     @property
     def vocabulary(self) -> int:
@@ -314,6 +365,13 @@ class RunConfig:
 
 RUNTIME = ("dropout", "hidden_dropout", "compute_dtype", "scan_layers", "remat")
 """Fields of `ModelConfig` that say how a model is run, and nothing of what its weights mean."""
+
+
+def _nth(pattern: Any, index: int) -> Any:
+    """Entry `index` of a repeating pattern; a single value is one of length one."""
+    return pattern[index % len(pattern)] if isinstance(pattern, tuple) else pattern
+
+
 BUDGETS = ("steps", "tokens", "epochs", "seconds")
 """The fields of `TrainingConfig` of which exactly one is set."""
 

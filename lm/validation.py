@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
 from lm.config import BUDGETS, DataConfig, InputError, ModelConfig, RunConfig, TrainingConfig, check_types, flat
 
 
@@ -14,6 +18,7 @@ def validate(config: RunConfig) -> RunConfig:
     check_types(config)
     _check_ranges(config)
     _check_model(config.model, config.data)
+    _check_rotary(config.model)
     _check_training(config.training)
     _check_evaluation(config)
     _check_tokenizer(config)
@@ -34,7 +39,7 @@ _BELOW_ONE = {"model.dropout", "optimizer.beta1", "optimizer.beta2"}
 
 
 def _check_ranges(config: RunConfig) -> None:
-    for name, value in flat(config).items():
+    for name, value in _entries(flat(config)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
         if name in _AT_LEAST_ZERO:
@@ -46,6 +51,15 @@ def _check_ranges(config: RunConfig) -> None:
             raise InputError(f"{name} is {value}: it must be less than 1")
 
 
+def _entries(fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The fields, of one with several values each of them."""
+    for name, value in fields.items():
+        if isinstance(value, tuple):
+            yield from ((f"{name}[{index}]", one) for index, one in enumerate(value))
+        else:
+            yield name, value
+
+
 def _check_model(model: ModelConfig, data: DataConfig) -> None:
     if model.head_dim is None and model.d_model % model.num_heads:
         raise InputError(
@@ -54,10 +68,10 @@ def _check_model(model: ModelConfig, data: DataConfig) -> None:
         )
     if model.num_heads % model.kv_heads:
         raise InputError(f"model.num_kv_heads {model.kv_heads} does not divide model.num_heads {model.num_heads}")
-    if model.positions == "rotary" and model.head_width % 2:
-        raise InputError(
-            f"rotary positions turn pairs, but a head is {model.head_width} wide: use an even model.head_dim"
-        )
+    if model.norm_offset and model.norm != "rmsnorm":
+        raise InputError(f"model.norm_offset belongs to rmsnorm, but model.norm is {model.norm!r}: set it to False")
+    if model.window == ():
+        raise InputError("model.window is empty: give the windows that repeat over the layers, or None")
     if model.positions == "sinusoidal" and model.d_model % 2:
         raise InputError(f"sinusoidal positions come in pairs, but model.d_model is {model.d_model}: use an even width")
     if model.positions == "learned" and model.max_positions is not None and model.max_positions < data.context:
@@ -65,6 +79,41 @@ def _check_model(model: ModelConfig, data: DataConfig) -> None:
             f"model.max_positions {model.max_positions} is less than data.context {data.context}: "
             "every position of a row needs its own"
         )
+
+
+def _check_rotary(model: ModelConfig) -> None:
+    for name, default in _ROTARY.items():
+        value = getattr(model, name)
+        if value == ():
+            raise InputError(f"model.{name} is empty: give the values that repeat over the layers, or one")
+        if value == default:
+            continue
+        if model.positions != "rotary":
+            raise InputError(
+                f"model.{name} is {value!r}, but model.positions is {model.positions!r}: leave it at {default!r}, or "
+                "set model.positions to 'rotary'"
+            )
+        if name.startswith(_LLAMA3) and model.rotary_scaling != "llama3":
+            raise InputError(
+                f"model.{name} is {value!r}, but model.rotary_scaling is {model.rotary_scaling!r}: leave it at "
+                f"{default!r}, or set model.rotary_scaling to 'llama3'"
+            )
+    if model.positions == "rotary" and model.head_width % 2:
+        raise InputError(
+            f"rotary positions turn pairs, but a head is {model.head_width} wide: use an even model.head_dim"
+        )
+    low, high = model.rotary_low_frequency_factor, model.rotary_high_frequency_factor
+    if low >= high:
+        raise InputError(
+            f"model.rotary_low_frequency_factor {low} is not less than model.rotary_high_frequency_factor {high}: "
+            "long wavelengths, of low frequency, are the stretched ones"
+        )
+    if model.rotary_scaling == "llama3" and model.rotary_factor == _ROTARY["rotary_factor"]:
+        raise InputError("model.rotary_scaling 'llama3' with model.rotary_factor 1.0 stretches nothing: set the factor")
+
+
+_ROTARY = {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.name.startswith("rotary_")}
+_LLAMA3 = ("rotary_low_", "rotary_high_", "rotary_original_")
 
 
 def _check_training(training: TrainingConfig) -> None:
@@ -105,6 +154,9 @@ def _check_tokenizer(config: RunConfig) -> None:
             f"tokenizer.kind is {tokenizer.kind!r} and tokenizer.path is {tokenizer.path!r}: "
             "kind 'file' needs a path, and only it has one"
         )
+    for name in ("special_tokens", "byte_fallback"):
+        if getattr(tokenizer, name) and tokenizer.kind != "bpe":
+            raise InputError(f"tokenizer.{name} is of a BPE that is trained here: tokenizer.kind is {tokenizer.kind!r}")
     if tokenizer.kind == "bpe" and tokenizer.vocab_size < 258:
         raise InputError(
             f"tokenizer.vocab_size is {tokenizer.vocab_size}: "

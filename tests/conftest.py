@@ -30,6 +30,12 @@ SHAPES = {
         num_layers=2, d_model=32, num_heads=2, norm_position="post", activation="relu", positions="sinusoidal",
         tie_embeddings=False, bias=True, head_bias=True, embedding_scale=True, hidden_dropout=True, initializer="torch",
     ),
+    "gemma": ModelConfig(
+        num_layers=3, d_model=32, num_heads=4, num_kv_heads=2, head_dim=10, norm="rmsnorm", norm_position="both",
+        norm_offset=True, activation="geglu", d_ff=48, positions="rotary", rotary_base=(100.0, 10_000.0),
+        rotary_factor=(1.0, 4.0), window=(4, None), attention_scale=0.4, attention_softcap=2.0, qk_norm=True,
+        qkv_bias=True, embedding_scale=True,
+    ),
     "bare": ModelConfig(num_layers=2, d_model=32, num_heads=2, activation="gelu", positions="none", vocab_multiple=1),
 }  # fmt: skip
 VOCABULARY = 61

@@ -10,6 +10,7 @@ import jax
 import pytest
 
 import lm
+from lm.cli import train_arguments
 from lm.config import InputError, RunConfig, forbidden_on_resume
 from lm.nn import params
 from lm.nn.language_model import model_specs
@@ -69,6 +70,19 @@ def test_parameter_counts(name, vocabulary, parameters):
         ({"model": {"num_layers": True}}, ["model.num_layers", "whole number"]),
         ({"model": {"bias": "yes"}}, ["model.bias", "True or False"]),
         ({"model": {"activation": "swish"}}, ["model.activation", "'swiglu'"]),
+        ({"model": {"norm_offset": True}}, ["model.norm_offset", "'layernorm'"]),
+        ({"model": {"window": 0}}, ["model.window", "more than 0"]),
+        ({"model": {"window": (8, None, -1)}}, ["model.window[2] is -1", "more than 0"]),
+        ({"model": {"window": ()}}, ["model.window", "empty"]),
+        ({"model": {"window": (8.5,)}}, ["model.window", "whole number"]),
+        ({"model": {"positions": "rotary", "rotary_base": (1e4, math.inf)}}, ["model.rotary_base[1]", "finite"]),
+        ({"model": {"positions": "rotary", "rotary_factor": ()}}, ["model.rotary_factor", "empty"]),
+        ({"model": {"rotary_factor": 2.0}}, ["model.rotary_factor is 2.0", "'learned'", "leave it at 1.0"]),
+        ({"model": {"positions": "rotary", "rotary_low_frequency_factor": 2.0}},
+         ["rotary_low_frequency_factor is 2.0", "'linear'", "'llama3'"]),
+        ({"model": {"positions": "rotary", "rotary_scaling": "llama3"}}, ["'llama3'", "rotary_factor 1.0"]),
+        ({"model": {"positions": "rotary", "rotary_scaling": "llama3", "rotary_factor": 8.0,
+                    "rotary_low_frequency_factor": 4.0}}, ["frequency_factor 4.0", "not less than"]),
         ({"optimizer": {"learning_rate": math.nan}}, ["optimizer.learning_rate"]),
         ({"optimizer": {"learning_rate": math.inf}}, ["optimizer.learning_rate"]),
         ({"training": {"steps": None}}, ["exactly one", "training.steps"]),
@@ -86,6 +100,28 @@ def test_mistakes_are_named_with_the_way_out(sections, told):
         validate(changed(**sections))
     for words in told:
         assert words in str(error.value)
+
+
+PATTERNS = [
+    ("--model.window 64", {"window": 64}),
+    ("--model.window 64 None", {"window": (64, None)}),
+    ("--model.window None 64", {"window": (None, 64)}),
+    ("--model.window None", {"window": None}),
+    ("--model.rotary_base 10000", {"rotary_base": 10_000.0}),
+    ("--model.rotary_base 1e4 1e6", {"rotary_base": (1e4, 1e6)}),
+    ("--model.rotary_factor 1 8", {"rotary_factor": (1.0, 8.0)}),
+    ("--model.qkv_bias None", {"qkv_bias": None}),
+    ("--model.qkv_bias False", {"qkv_bias": False}),
+]
+
+
+@pytest.mark.parametrize(("line", "wanted"), PATTERNS)
+def test_patterns_come_from_the_command_line_and_survive_json(line, wanted):
+    model = {"positions": "rotary", "window": (7, 7), "rotary_base": (5.0, 5.0), "qkv_bias": True}
+    config, _ = train_arguments(["own", *line.split()], lambda _: changed(model=model))
+    assert config == validate(changed(model={**model, **wanted}))
+    assert RunConfig.from_json(config.to_json()) == config
+    assert isinstance(hash(config.model), int), "static under jit"
 
 
 @pytest.mark.parametrize(

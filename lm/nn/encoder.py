@@ -11,11 +11,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lm.config import ModelConfig
+from lm.config import LayerKind, ModelConfig
 from lm.nn import params as declare
 from lm.nn.attention import AttentionMask, self_attention, self_attention_specs
 from lm.nn.cache import KeyValueCache
-from lm.nn.layers import Constrain, Dropout, drop, feed_forward, feed_forward_specs, norm, norm_specs
+from lm.nn.layers import (
+    Constrain,
+    Dropout,
+    drop,
+    feed_forward,
+    feed_forward_specs,
+    llama3_frequencies,
+    norm,
+    norm_specs,
+    rotary_frequencies,
+)
 from lm.nn.matmul import numerics
 
 Array = jax.Array
@@ -25,19 +35,24 @@ EMBEDDING, PROBABILITIES, ATTENTION, HIDDEN, FEED_FORWARD = range(5)  # the site
 def layer_specs(cfg: ModelConfig) -> dict[str, Any]:
     """The declaration of one layer."""
     init = initializers(cfg)
+    names = ["attention_norm", "feed_forward_norm"]
+    if cfg.norm_position == "both":
+        names += ["attention_output_norm", "feed_forward_output_norm"]
+    one_norm = norm_specs(cfg.d_model, kind=cfg.norm, bias=cfg.bias, offset=cfg.norm_offset)
     return {
-        "attention_norm": norm_specs(cfg.d_model, kind=cfg.norm, bias=cfg.bias),
+        **dict.fromkeys(names, one_norm),
         "attention": self_attention_specs(
             cfg.d_model,
             heads=cfg.num_heads,
             kv_heads=cfg.kv_heads,
             head_width=cfg.head_width,
-            bias=cfg.bias,
+            qkv_bias=cfg.has_qkv_bias,
+            out_bias=cfg.bias,
             qk_norm=cfg.qk_norm,
+            norm_offset=cfg.norm_offset,
             init_qkv=init.qkv,
             init_out=init.out,
         ),
-        "feed_forward_norm": norm_specs(cfg.d_model, kind=cfg.norm, bias=cfg.bias),
         "feed_forward": feed_forward_specs(
             cfg.d_model,
             cfg.ff_width,
@@ -61,23 +76,37 @@ def encode(
     dropout: Dropout | None,
     constrain: Constrain,
 ) -> tuple[Array, KeyValueCache | None]:
-    """The stack: every layer in turn over parameters stacked as [L, ...], by scan or unrolled, to the same numbers."""
+    """The stack: every layer in turn over parameters stacked as [L, ...], by scan or unrolled, to the same numbers.
 
-    def run_layer(carry: tuple, layer: tuple) -> tuple[tuple, None]:
+    The scan runs over whole repetitions of the pattern of layers; those that are left over follow unrolled.
+    """
+    pattern = cfg.layer_pattern
+    P, L = len(pattern), cfg.num_layers
+
+    def run_layer(carry: tuple, layer: tuple, kind: LayerKind) -> tuple:
         x, cache = carry
         parameters, index = layer
-        x, cache = encoder_layer(
-            parameters, x, positions_BT, mask, cache, index, cfg=cfg, dropout=dropout, constrain=constrain
+        return encoder_layer(
+            parameters, x, positions_BT, mask, cache, index, kind=kind, cfg=cfg, dropout=dropout, constrain=constrain
         )
-        return (x, cache), None
 
     if cfg.remat:
-        run_layer = jax.checkpoint(run_layer)
-    if cfg.scan_layers:
-        return jax.lax.scan(run_layer, (x_BTD, cache), (layers, jnp.arange(cfg.num_layers)))[0]
+        run_layer = jax.checkpoint(run_layer, static_argnums=2)
+
+    def run_pattern(carry: tuple, group: tuple) -> tuple[tuple, None]:
+        for place, kind in enumerate(pattern):
+            carry = run_layer(carry, _at(group, place), kind)
+        return carry, None
+
     carry = (x_BTD, cache)
-    for index in range(cfg.num_layers):
-        carry, _ = run_layer(carry, (jax.tree.map(lambda stacked: stacked[index], layers), index))  # noqa: B023
+    scanned = L - L % P if cfg.scan_layers else 0
+    if scanned:
+        groups = jax.tree.map(
+            lambda stacked: stacked[:scanned].reshape(-1, P, *stacked.shape[1:]), (layers, jnp.arange(L))
+        )
+        carry, _ = jax.lax.scan(run_pattern, carry, groups)
+    for index in range(scanned, L):
+        carry = run_layer(carry, (_at(layers, index), index), pattern[index % P])
     return carry
 
 
@@ -89,49 +118,72 @@ def encoder_layer(
     cache: KeyValueCache | None,
     layer: Array | int,
     *,
+    kind: LayerKind,
     cfg: ModelConfig,
     dropout: Dropout | None,
     constrain: Constrain,
 ) -> tuple[Array, KeyValueCache | None]:
     """Self-attention and feed-forward, each added to the residual stream; `layer` is its index in the stack.
 
-    Pre-norm: x + block(norm(x)) (Xiong et al. 2020). Post-norm: norm(x + block(x)) (Vaswani et al. 2017).
+    Pre-norm: x + block(norm(x)) (Xiong et al. 2020). Post-norm: norm(x + block(x)) (Vaswani et al. 2017). Both:
+    x + norm(block(norm(x))) (Gemma 2, arXiv:2408.00118).
     """
-    pre = cfg.norm_position == "pre"
+    post, both = cfg.norm_position == "post", cfg.norm_position == "both"
 
     def site(number: int) -> Dropout | None:
         return None if dropout is None else dropout.at(layer, number)
 
     def normalize(name: str, x: Array) -> Array:
-        return norm(params[name], x, kind=cfg.norm, epsilon=cfg.norm_epsilon)
+        return norm(params[name], x, kind=cfg.norm, epsilon=cfg.norm_epsilon, offset=cfg.norm_offset)
+
+    def add(block: str, x_BTD: Array, y_BTD: Array, number: int) -> Array:
+        y_BTD = normalize(f"{block}_output_norm", y_BTD) if both else y_BTD
+        sum_BTD = constrain(x_BTD + drop(y_BTD, site(number)), ("batch", "length", "width"))
+        return normalize(f"{block}_norm", sum_BTD) if post else sum_BTD
 
     y_BTD, cache = self_attention(
         params["attention"],
-        normalize("attention_norm", x_BTD) if pre else x_BTD,
+        x_BTD if post else normalize("attention_norm", x_BTD),
         positions_BT,
-        mask,
+        mask._replace(window=kind.window),
         head_width=cfg.head_width,
-        rotary_base=cfg.rotary_base if cfg.positions == "rotary" else None,
+        rotary_frequency_h=layer_frequencies(cfg, kind),
+        scale=cfg.score_scale,
+        softcap=cfg.attention_softcap,
         norm_epsilon=cfg.norm_epsilon,
+        norm_offset=cfg.norm_offset,
         numerics=numerics(cfg.compute_dtype),
         dropout=site(PROBABILITIES),
         constrain=constrain,
         cache=cache,
         layer=layer,
     )
-    x_BTD = constrain(x_BTD + drop(y_BTD, site(ATTENTION)), ("batch", "length", "width"))
-    if not pre:
-        x_BTD = normalize("attention_norm", x_BTD)
+    x_BTD = add("attention", x_BTD, y_BTD, ATTENTION)
     y_BTD = feed_forward(
         params["feed_forward"],
-        normalize("feed_forward_norm", x_BTD) if pre else x_BTD,
+        x_BTD if post else normalize("feed_forward_norm", x_BTD),
         activation=cfg.activation,
         numerics=numerics(cfg.compute_dtype),
         dropout=site(HIDDEN) if cfg.hidden_dropout else None,
         constrain=constrain,
     )
-    x_BTD = constrain(x_BTD + drop(y_BTD, site(FEED_FORWARD)), ("batch", "length", "width"))
-    return (x_BTD if pre else normalize("feed_forward_norm", x_BTD)), cache
+    return add("feed_forward", x_BTD, y_BTD, FEED_FORWARD), cache
+
+
+def layer_frequencies(cfg: ModelConfig, kind: LayerKind) -> Array | None:
+    """Radians a token that rotary positions turn by in one kind of layer, [H / 2], float32; None without them."""
+    if cfg.positions != "rotary":
+        return None
+    frequency_h = rotary_frequencies(cfg.head_width, base=kind.rotary_base)
+    if cfg.rotary_scaling == "llama3":
+        return llama3_frequencies(
+            frequency_h,
+            factor=kind.rotary_factor,
+            low=cfg.rotary_low_frequency_factor,
+            high=cfg.rotary_high_frequency_factor,
+            original_positions=cfg.rotary_original_positions,
+        )
+    return frequency_h / kind.rotary_factor  # linear: Chen et al. 2023, arXiv:2306.15595
 
 
 class Initializers(NamedTuple):
@@ -157,3 +209,8 @@ def initializers(cfg: ModelConfig) -> Initializers:
     return Initializers(
         plain, lambda *_: plain, lambda *_: scaled, lambda _: plain, lambda _: scaled, lambda _: declare.zeros
     )
+
+
+def _at(stacked: Any, index: int) -> Any:
+    """One layer of a tree of stacked arrays."""
+    return jax.tree.map(lambda array: array[index], stacked)

@@ -50,22 +50,31 @@ def lm_head(
     else:
         logits_MV = product(x_MD, params["embed"]["tokens"], True, numerics)
     logits_BTV = constrain(logits_MV.reshape(B, T, -1), ("batch", "length", "vocab"))
-    if "bias" in head:
-        logits_BTV = logits_BTV + head["bias"].reshape(1, 1, -1)
+    return finish_logits(logits_BTV, head.get("bias"), vocabulary=vocabulary, softcap=softcap)
+
+
+def finish_logits(logits_BTV: Array, bias_V: Array | None, *, vocabulary: int, softcap: float | None) -> Array:
+    """The logits of a head's product: bias added, capped, -inf past `vocabulary`; `lm_head` says more."""
+    if bias_V is not None:
+        logits_BTV = logits_BTV + bias_V.reshape(1, 1, -1)
     if softcap is not None:
         logits_BTV = softcap * jnp.tanh(logits_BTV / softcap)
     if logits_BTV.shape[-1] > vocabulary:
-        logits_BTV = jnp.where(_ids(logits_BTV) < vocabulary, logits_BTV, -jnp.inf)
+        logits_BTV = jnp.where(token_ids(logits_BTV) < vocabulary, logits_BTV, -jnp.inf)
     return logits_BTV
 
 
 def token_nll(logits_BTV: Array, targets_BT: Array) -> Array:
     """nll_BT = logsumexp(logits) - logits[target], in nats, float32."""
+    return jax.nn.logsumexp(logits_BTV, axis=-1) - target_logit(logits_BTV, targets_BT)
+
+
+def target_logit(logits_BTV: Array, targets_BT: Array) -> Array:
+    """logits[target], [B, T]."""
     # A masked sum, not a gather: it stays local where the vocabulary is split over devices.
-    target_BT = jnp.sum(jnp.where(_ids(logits_BTV) == targets_BT[:, :, None], logits_BTV, 0.0), axis=-1)
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT
+    return jnp.sum(jnp.where(token_ids(logits_BTV) == targets_BT[:, :, None], logits_BTV, 0.0), axis=-1)
 
 
-def _ids(logits_BTV: Array) -> Array:
+def token_ids(logits_BTV: Array) -> Array:
     """The id that each logit belongs to, [B, T, V]."""
     return jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2)

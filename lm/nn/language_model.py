@@ -15,9 +15,10 @@ from lm.config import ModelConfig
 from lm.nn import params as declare
 from lm.nn.attention import AttentionMask
 from lm.nn.cache import KeyValueCache
+from lm.nn.chunked_nll import batch_shards, chunk_length, head_nll
 from lm.nn.embedding import embed, embedding_specs
 from lm.nn.encoder import EMBEDDING, encode, initializers, layer_specs
-from lm.nn.head import head_specs, lm_head, token_nll
+from lm.nn.head import head_specs, lm_head
 from lm.nn.layers import Constrain, Dropout, drop, norm, norm_specs
 from lm.nn.matmul import numerics
 
@@ -37,8 +38,8 @@ def model_specs(cfg: ModelConfig) -> dict[str, Any]:
         "embed": embedding_specs(cfg.padded_vocabulary, cfg.d_model, position_rows=position_rows, init=init.table),
         "layers": declare.stack(layer_specs(cfg), cfg.num_layers),
     }
-    if cfg.norm_position == "pre":
-        specs["norm"] = norm_specs(cfg.d_model, kind=cfg.norm, bias=cfg.bias)
+    if cfg.norm_position != "post":
+        specs["norm"] = norm_specs(cfg.d_model, kind=cfg.norm, bias=cfg.bias, offset=cfg.norm_offset)
     head = head_specs(cfg.d_model, cfg.padded_vocabulary, tied=cfg.tie_embeddings, bias=cfg.head_bias, init=init.table)
     if head:
         specs["head"] = head
@@ -87,7 +88,17 @@ def nll(
     x_BTD = forward(
         params, tokens_BT, segments_BT, positions_BT, cfg=cfg, dropout_keys_B=dropout_keys_B, constrain=constrain
     )
-    return token_nll(logits(params, x_BTD, cfg=cfg, constrain=constrain), targets_BT)
+    rows = x_BTD.shape[0] // batch_shards(constrain, x_BTD.shape[0])
+    return head_nll(
+        params,
+        x_BTD,
+        targets_BT,
+        vocabulary=cfg.vocabulary,
+        softcap=cfg.logit_softcap,
+        numerics=numerics(cfg.compute_dtype),
+        constrain=constrain,
+        chunk=chunk_length(rows, cfg.d_model, cfg.padded_vocabulary),
+    )
 
 
 def forward(
@@ -170,6 +181,6 @@ def _run(
     x_BTD, cache = encode(
         params["layers"], x_BTD, positions_BT, mask, cache, cfg=cfg, dropout=dropout, constrain=constrain
     )
-    if cfg.norm_position == "pre":
-        x_BTD = norm(params["norm"], x_BTD, kind=cfg.norm, epsilon=cfg.norm_epsilon)
+    if cfg.norm_position != "post":
+        x_BTD = norm(params["norm"], x_BTD, kind=cfg.norm, epsilon=cfg.norm_epsilon, offset=cfg.norm_offset)
     return x_BTD, cache

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lm.config import GATED
 from lm.nn import params as declare
 from lm.nn.matmul import Numerics, project
 from lm.nn.params import ParamSpec
@@ -43,25 +44,27 @@ def drop(x: Array, dropout: Dropout | None) -> Array:
     return jnp.where(keep, x / (1.0 - dropout.rate), 0).astype(x.dtype)
 
 
-def norm_specs(width: int, *, kind: str, bias: bool, axis: str = "norm") -> dict[str, ParamSpec]:
-    specs = {"scale": ParamSpec((width,), (axis,), declare.ones)}
+def norm_specs(width: int, *, kind: str, bias: bool, offset: bool) -> dict[str, ParamSpec]:
+    """`offset`: as in `rms_norm`; either way the norm is drawn as the one that multiplies by 1."""
+    specs = {"scale": ParamSpec((width,), ("norm",), declare.zeros if offset else declare.ones)}
     if kind == "layernorm" and bias:
-        specs["bias"] = ParamSpec((width,), (axis,), declare.zeros)
+        specs["bias"] = ParamSpec((width,), ("norm",), declare.zeros)
     return specs
 
 
-def norm(params: dict[str, Any], x_BTD: Array, *, kind: str, epsilon: float) -> Array:
+def norm(params: dict[str, Any], x_BTD: Array, *, kind: str, epsilon: float, offset: bool) -> Array:
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019), as `kind` says, in x's dtype."""
     if kind == "rmsnorm":
-        return rms_norm(x_BTD, params["scale"], epsilon=epsilon)
+        return rms_norm(x_BTD, params["scale"], epsilon=epsilon, offset=offset)
+    assert not offset, "LayerNorm has no offset"
     return layer_norm(x_BTD, params["scale"], params.get("bias"), epsilon=epsilon)
 
 
-def rms_norm(x: Array, scale: Array, *, epsilon: float) -> Array:
-    """x / sqrt(mean(x²) + epsilon) · scale over the last axis."""
+def rms_norm(x: Array, scale: Array, *, epsilon: float, offset: bool) -> Array:
+    """x / sqrt(mean(x²) + epsilon) · scale over the last axis; with `offset` · (1 + scale), as in Gemma."""
     wide = x.astype(jnp.float32)  # float32: a mean of squares over the width loses its digits in bfloat16
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
-    return (wide * _last(scale, x.ndim)).astype(x.dtype)
+    return (wide * _last(1.0 + scale if offset else scale, x.ndim)).astype(x.dtype)
 
 
 def layer_norm(x: Array, scale: Array, bias: Array | None, *, epsilon: float) -> Array:
@@ -75,15 +78,30 @@ def layer_norm(x: Array, scale: Array, bias: Array | None, *, epsilon: float) ->
     return wide.astype(x.dtype)
 
 
-def rotary(x_BTNH: Array, positions_BT: Array, *, base: float) -> Array:
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864): turns dimensions (h, h + H/2) by position · base^(-2h/H).
+def rotary_frequencies(head_width: int, *, base: float) -> Array:
+    """base^(-2h/H) radians a token for h < H/2, float32 (Su et al. 2021, arXiv:2104.09864, section 3.4.3)."""
+    half = head_width // 2
+    return base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+
+
+def llama3_frequencies(frequency_h: Array, *, factor: float, low: float, high: float, original_positions: int) -> Array:
+    """Rotary frequencies for `factor` times the context a model was trained on (Llama 3.1, as its checkpoints have it).
+
+    A wavelength above original_positions / low is stretched by `factor`, one below original_positions / high is kept;
+    between the two the frequency goes linearly from one to the other with the turns in original_positions.
+    """
+    turns_h = original_positions * frequency_h / (2 * math.pi)
+    kept_h = jnp.clip((turns_h - low) / (high - low), 0.0, 1.0)
+    return kept_h * frequency_h + (1.0 - kept_h) * (frequency_h / factor)
+
+
+def rotary(x_BTNH: Array, positions_BT: Array, frequency_h: Array) -> Array:
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864): turns dimensions (h, h + H/2) by position · frequency_h.
 
     The halves are paired, not the neighbours, as in Llama checkpoints.
     """
-    half = x_BTNH.shape[-1] // 2
-    frequency_h = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     # float32: at position 4096 a bfloat16 angle is off by up to 16 radians
-    angle_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_h.reshape(1, 1, 1, half)
+    angle_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_h.reshape(1, 1, 1, -1)
     cos, sin = jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
@@ -101,7 +119,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, arXiv:2109.08668
-    "swiglu": jax.nn.silu,  # of the gate: Shazeer 2020, arXiv:2002.05202
+    "swiglu": jax.nn.silu,  # of the gate, as the next: Shazeer 2020, arXiv:2002.05202
+    "geglu": lambda x: jax.nn.gelu(x, approximate=True),
 }
 
 
@@ -113,12 +132,12 @@ def feed_forward_specs(
         "up": ParamSpec((width, hidden), ("embed", "mlp"), init_in(width), inputs=1),
         "down": ParamSpec((hidden, width), ("mlp", "embed"), init_out(hidden), inputs=1),
     }
-    if activation == "swiglu":
+    if activation in GATED:
         specs["gate"] = ParamSpec((width, hidden), ("embed", "mlp"), init_in(width), inputs=1)
     if bias:
         specs["up_bias"] = ParamSpec((hidden,), ("mlp",), init_bias(width))
         specs["down_bias"] = ParamSpec((width,), ("norm",), init_bias(hidden))
-        if activation == "swiglu":
+        if activation in GATED:
             specs["gate_bias"] = ParamSpec((hidden,), ("mlp",), init_bias(width))
     return specs
 
@@ -132,10 +151,10 @@ def feed_forward(
     dropout: Dropout | None,
     constrain: Constrain,
 ) -> Array:
-    """down(act(up(x))), or down(silu(gate(x)) · up(x)) for SwiGLU; `dropout` falls on the hidden units."""
+    """down(act(up(x))), or if gated down(act(gate(x)) · up(x)); `dropout` falls on the hidden units."""
     linear = functools.partial(project, inputs=1, numerics=numerics)
     hidden_BTF = linear(x_BTD, params["up"], params.get("up_bias"))
-    if activation == "swiglu":
+    if activation in GATED:
         gate_BTF = linear(x_BTD, params["gate"], params.get("gate_bias"))
         hidden_BTF = ACTIVATIONS[activation](gate_BTF) * hidden_BTF
     else:

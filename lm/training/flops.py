@@ -21,15 +21,19 @@ PEAKS = {
 
 
 def flops_per_token(cfg: ModelConfig, context: int) -> float:
-    """6 N + 12 L N_heads H T of a training step (PaLM, arXiv:2204.02311, appendix B).
+    """6 N + 12 N_heads H Σ T_l of a training step (PaLM, arXiv:2204.02311, appendix B), summed over the layers.
 
     N counts the matrices of the layers and the head, not the tables that are only looked up; a tied head counts once.
-    Attention is counted in full, though half of it is masked.
+    T_l is the context, or the layer's window if that is shorter; such attention is counted in full, though causality
+    masks half of it.
     """
     matrices = matrix_size(model_specs(cfg))
     if cfg.tie_embeddings:
         matrices += cfg.padded_vocabulary * cfg.d_model
-    return 6.0 * matrices + 12.0 * cfg.num_layers * cfg.num_heads * cfg.head_width * context
+    kinds = cfg.layer_pattern
+    windows = [kinds[layer % len(kinds)].window for layer in range(cfg.num_layers)]
+    keys = sum(context if window is None else min(window, context) for window in windows)
+    return 6.0 * matrices + 12.0 * cfg.num_heads * cfg.head_width * keys
 
 
 def peak_flops(device: jax.Device) -> float | None:

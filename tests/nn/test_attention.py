@@ -20,21 +20,21 @@ def heads(key_value_heads):
     return [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
 
 
-def one_by_one(q, k, v, allowed):
+def one_by_one(q, k, v, allowed, cap=lambda score: score):
     """Softmax attention of every query alone, in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     o = np.zeros_like(q)
     for b, t, n in np.ndindex(B, T, N):
         kv = n // (N // k.shape[2])
         keys = [s for s in range(T) if allowed(b, t, s)]
-        scores = np.array([q[b, t, n] @ k[b, s, kv] for s in keys]) * 0.3
+        scores = cap(np.array([q[b, t, n] @ k[b, s, kv] for s in keys]) * 0.3)
         weights = np.exp(scores - scores.max())
         o[b, t, n] = sum(w * v[b, s, kv] for w, s in zip(weights / weights.sum(), keys, strict=True))
     return o
 
 
-def run(q, k, v, mask, dtype="float32", dropout=None):
-    return attend(q, k, v, mask, scale=0.3, numerics=numerics(dtype), dropout=dropout)
+def run(q, k, v, mask, dtype="float32", dropout=None, softcap=None):
+    return attend(q, k, v, mask, scale=0.3, softcap=softcap, numerics=numerics(dtype), dropout=dropout)
 
 
 @pytest.mark.parametrize("key_value_heads", [1, 2, 4])
@@ -50,23 +50,39 @@ def test_equals_one_query_at_a_time(key_value_heads, causal, segments):
     np.testing.assert_allclose(o, one_by_one(q, k, v, allowed), atol=2e-6)  # float32, other order of summation
 
 
-def test_gradient_flows_only_where_the_mask_allows():
+@pytest.mark.parametrize("causal", [True, False])
+def test_window_and_softcap_equal_one_query_at_a_time(causal):
     q, k, v = heads(2)
-    mask = AttentionMask(True, SEGMENTS, SEGMENTS)
+
+    def allowed(b, t, s):
+        return abs(t - s) < 3 and (s <= t or not causal) and SEGMENTS[b, t] == SEGMENTS[b, s]
+
+    o = run(q, k, v, AttentionMask(causal, SEGMENTS, SEGMENTS, window=3), softcap=0.5)
+    wanted = one_by_one(q, k, v, allowed, cap=lambda score: 0.5 * np.tanh(score / 0.5))
+    np.testing.assert_allclose(o, wanted, atol=2e-6)  # float32, other order of summation
+    assert np.abs(o - one_by_one(q, k, v, allowed)).max() > 1e-2, "the cap must bite at these scores"
+
+
+@pytest.mark.parametrize("window", [None, 2, T])
+def test_gradient_flows_only_where_the_mask_allows(window):
+    q, k, v = heads(2)
+    mask = AttentionMask(True, SEGMENTS, SEGMENTS, window=window)
     for b, t in np.ndindex(B, T):
         gk, gv = jax.grad(lambda k, v, b=b, t=t: run(q, k, v, mask)[b, t].sum(), argnums=(0, 1))(k, v)
         for gradient in (gk, gv):
             seen = np.abs(np.asarray(gradient)).sum((2, 3)) > 0
             wanted = np.zeros((B, T), bool)
-            wanted[b, : t + 1] = SEGMENTS[b, : t + 1] == SEGMENTS[b, t]
+            first = max(t + 1 - (window or T), 0)
+            wanted[b, first : t + 1] = SEGMENTS[b, first : t + 1] == SEGMENTS[b, t]
             assert not (seen & ~wanted).any()
         assert (seen == wanted).all()
 
 
-def test_query_offset_is_the_row_index_of_the_first_query():
+@pytest.mark.parametrize("window", [None, 2])
+def test_query_offset_is_the_row_index_of_the_first_query(window):
     q, k, v = heads(4)
-    whole = run(q, k, v, AttentionMask(True, SEGMENTS, SEGMENTS))
-    last = run(q[:, 5:], k, v, AttentionMask(True, SEGMENTS[:, 5:], SEGMENTS, query_offset=5))
+    whole = run(q, k, v, AttentionMask(True, SEGMENTS, SEGMENTS, window=window))
+    last = run(q[:, 5:], k, v, AttentionMask(True, SEGMENTS[:, 5:], SEGMENTS, query_offset=5, window=window))
     np.testing.assert_allclose(last, whole[:, 5:], atol=1e-6)
 
 

@@ -57,6 +57,9 @@ def test_flops_by_hand():
     assert flops_per_token(cfg, context=24) == 6 * matrices + 12 * 2 * 32 * 24
     untied = dataclasses.replace(cfg, tie_embeddings=False)
     assert flops_per_token(untied, context=24) == flops_per_token(cfg, context=24)
+    windows = dataclasses.replace(cfg, window=(10, None))
+    assert flops_per_token(windows, context=24) == 6 * matrices + 12 * 32 * (10 + 24)
+    assert flops_per_token(windows, context=8) == flops_per_token(cfg, context=8)
 
 
 def test_peaks_of_known_devices():

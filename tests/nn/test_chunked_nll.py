@@ -1,0 +1,193 @@
+"""The chunked loss is the whole one in every form of the head, and its logits never exist whole."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from lm.config import ParallelConfig, RunConfig
+from lm.nn import chunked_nll, language_model
+from lm.nn import params as declare
+from lm.nn.chunked_nll import batch_shards, chunk_length, head_nll
+from lm.nn.language_model import unconstrained
+from lm.nn.matmul import numerics
+from lm.parallel import constrainer, make_mesh, sharding
+
+from ..conftest import SHAPES
+
+D, VOCABULARY = 12, 61
+FORMS = {
+    "tied": {"tied": True, "bias": False, "softcap": None, "rows": VOCABULARY},
+    "tied, padded, capped": {"tied": True, "bias": False, "softcap": 2.0, "rows": 64},
+    "untied, padded, bias": {"tied": False, "bias": True, "softcap": None, "rows": 64},
+    "untied, padded, bias, capped": {"tied": False, "bias": True, "softcap": 2.0, "rows": 64},
+}
+
+
+def example(B, T, *, tied, bias, rows, width=D):
+    """Head parameters, what the head reads, targets and a cotangent of either sign with zeros in it."""
+    keys = jax.random.split(jax.random.key(0), 6)
+    w = jax.random.normal(keys[0], (rows, width))
+    params = {"embed": {"tokens": w}} if tied else {"head": {"kernel": w.T}}
+    if bias:
+        params.setdefault("head", {})["bias"] = jax.random.normal(keys[1], (rows,))
+    x_BTD, targets_BT = jax.random.normal(keys[2], (B, T, width)), jax.random.randint(keys[3], (B, T), 0, VOCABULARY)
+    return params, x_BTD, targets_BT, jax.random.normal(keys[4], (B, T)) * jax.random.bernoulli(keys[5], 0.8, (B, T))
+
+
+@functools.partial(jax.jit, static_argnames=("softcap", "chunk", "dtype", "constrain"))
+def nll_and_gradients(params, x_BTD, targets_BT, g_BT, *, softcap, chunk, dtype="float32", constrain=unconstrained):
+    def nll(params, x_BTD):
+        return head_nll(
+            params, x_BTD.astype(numerics(dtype).dtype), targets_BT,
+            vocabulary=VOCABULARY, softcap=softcap, numerics=numerics(dtype), constrain=constrain, chunk=chunk,
+        )  # fmt: skip
+
+    nll_BT, pull = jax.vjp(nll, params, x_BTD)
+    return nll_BT, pull(g_BT)
+
+
+def assert_same(got, wanted, *, loss, gradient):
+    """Relative tolerances: of every loss, and of the largest entry of every gradient."""
+    np.testing.assert_allclose(got[0], wanted[0], rtol=loss, atol=loss)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got[1]), jax.tree.leaves(wanted[1]), strict=True):
+        assert a.dtype == b.dtype and np.abs(b).max() > 0
+        np.testing.assert_allclose(a, b, atol=gradient * np.abs(b).max(), err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_any_chunk_gives_the_whole_loss_and_gradients(form):
+    """float32: 1e-6 a loss; 1e-5 a gradient, whose sum over positions is in another order."""
+    shape = dict(FORMS[form])
+    softcap = shape.pop("softcap")
+    arguments = example(2, 12, **shape)
+    whole = nll_and_gradients(*arguments, softcap=softcap, chunk=12)
+    for chunk in (1, 4, 5):  # divide T and not
+        assert_same(nll_and_gradients(*arguments, softcap=softcap, chunk=chunk), whole, loss=1e-6, gradient=1e-5)
+
+
+@pytest.mark.parametrize(("B", "T"), [(1, 3), (3, 65), (1, 127), (65, 3)])
+def test_odd_shapes(B, T):
+    arguments = example(B, T, tied=False, bias=True, rows=65)
+    whole = nll_and_gradients(*arguments, softcap=None, chunk=T)
+    assert_same(nll_and_gradients(*arguments, softcap=None, chunk=2), whole, loss=1e-6, gradient=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_bfloat16_rounds_as_the_whole_form_does(tied):
+    """Operands in bfloat16, sums in float32: they differ only where a gradient of the logits rounds the other way."""
+    arguments = example(3, 65, tied=tied, bias=True, rows=64)
+    whole = nll_and_gradients(*arguments, softcap=None, chunk=65, dtype="bfloat16")
+    chunked = nll_and_gradients(*arguments, softcap=None, chunk=8, dtype="bfloat16")
+    assert_same(chunked, whole, loss=1e-6, gradient=4e-3)  # half a unit in bfloat16's last place
+    exact = nll_and_gradients(*arguments, softcap=None, chunk=8)
+    assert np.abs(chunked[0] - exact[0]).max() > 1e-4, "bfloat16 must not compute in float32"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_product_keeps_to_the_contract(dtype):
+    """Operands in the compute dtype, sums in float32, HIGHEST for float32; four products, none over all positions."""
+    arguments = example(2, 12, tied=True, bias=False, rows=64)
+    text = nll_and_gradients.lower(*arguments, softcap=None, chunk=4, dtype=dtype).as_text()
+    dots = [line for line in text.splitlines() if "dot_general" in line]
+    kind = {"float32": "f32", "bfloat16": "bf16"}[dtype]
+    assert len(dots) == 4
+    for line in dots:
+        assert re.search(
+            rf"\(tensor<\d+x\d+x\d+x{kind}>, tensor<\d+x\d+x\d+x{kind}>\) -> tensor<\d+x\d+x\d+xf32>", line
+        )
+        assert ("HIGHEST" in line) == (dtype == "float32")
+    assert "2x12x64" not in text and "24x64" not in text
+
+
+def test_a_chunk_of_whole_rows_is_the_whole_form_exactly():
+    arguments = example(2, 12, tied=True, bias=False, rows=64)
+    whole = nll_and_gradients.lower(*arguments, softcap=None, chunk=12).as_text()
+    assert "while" not in whole and nll_and_gradients.lower(*arguments, softcap=None, chunk=100).as_text() == whole
+
+
+def test_memory_falls_by_the_logits():
+    """GPT-2's head on two rows of 1024, compiled and not run: the whole form keeps at least the logits, 412 MB."""
+    B, T, width, rows = 2, 1024, 768, 50_304
+    shapes = jax.eval_shape(functools.partial(example, B, T, tied=True, bias=False, rows=rows, width=width))
+
+    def temporary(chunk, g):
+        compiled = nll_and_gradients.lower(*shapes[:3], g, softcap=None, chunk=chunk).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    chunk = chunk_length(B, width, rows)
+    logits = B * T * rows * 4
+    assert temporary(T, shapes[3]) - temporary(chunk, shapes[3]) > logits
+    assert chunk < T / 2
+
+
+def test_the_model_never_makes_its_logits():
+    """Traced alone. `logits` does make them."""
+    model = RunConfig(model=SHAPES["modern"]).resolve(8192).model
+    specs = language_model.model_specs(model)
+    tree = declare.map_specs(lambda spec: jax.ShapeDtypeStruct(spec.shape, "float32"), specs)
+    tokens_BT = jax.ShapeDtypeStruct((4, 512), "int32")
+
+    def total(tree, tokens_BT, form):
+        return form(tree, tokens_BT).sum()
+
+    def nll(tree, tokens_BT):
+        return language_model.nll(
+            tree, tokens_BT, tokens_BT, None, tokens_BT, cfg=model, dropout_keys_B=None, constrain=unconstrained
+        )
+
+    def text(form):
+        return str(jax.make_jaxpr(jax.grad(functools.partial(total, form=form)))(tree, tokens_BT))
+
+    whole = re.compile(r"f32\[(4,512|2048),8192\]")
+    assert not whole.search(text(nll))
+    assert whole.search(text(functools.partial(language_model.apply, cfg=model)))
+
+
+def test_the_chunk_rule():
+    for rows, width, vocabulary in itertools.product((1, 8, 480), (128, 4096), (64, 4096, 50_304, 262_144)):
+        positions = rows * chunk_length(rows, width, vocabulary)
+        least = max(chunked_nll.CHUNK_POSITIONS, width)
+        assert least - rows < positions
+        assert positions * vocabulary <= max(chunked_nll.CHUNK_ENTRIES, max(least, rows) * vocabulary)
+    assert chunk_length(16, 128, 64) >= 1024, "a small vocabulary is a single chunk"
+
+
+@pytest.mark.parametrize("parallel", [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("tied", [True, False])
+def test_any_mesh_gives_the_same_numbers_and_moves_no_activations(parallel, tied):
+    """Nothing but the matrix is gathered, and its gradient is reduced once, after the loop over chunks."""
+    B, T, rows, width = 8, 12, 64, 16
+    arguments = example(B, T, tied=tied, bias=True, rows=rows, width=width)
+    mesh = make_mesh(ParallelConfig(**parallel))
+    constrain = constrainer(mesh)
+    assert batch_shards(constrain, B) == 8 // parallel.get("tensor", 1) and batch_shards(unconstrained, B) == 1
+    whole = nll_and_gradients(*arguments, softcap=2.0, chunk=T)
+
+    def place(x, *axes):
+        return jax.device_put(x, sharding(mesh, x.shape, axes))
+
+    params, x_BTD, targets_BT, g_BT = arguments
+    params["head"]["bias"] = place(params["head"]["bias"], "vocab")
+    if tied:
+        params["embed"]["tokens"] = place(params["embed"]["tokens"], "vocab", "embed")
+    else:
+        params["head"]["kernel"] = place(params["head"]["kernel"], "embed", "vocab")
+    placed = (
+        params,
+        place(x_BTD, "batch", "length", "width"),
+        *(place(v, "batch", "length") for v in (targets_BT, g_BT)),
+    )
+    compiled = nll_and_gradients.lower(*placed, softcap=2.0, chunk=5, constrain=constrain).compile()
+    assert_same(compiled(*placed), whole, loss=1e-6, gradient=1e-5)
+
+    inside = re.split(r"^ENTRY", compiled.as_text(), flags=re.MULTILINE)[0]
+    assert ("all-reduce" in inside) == ("tensor" in parallel)  # over a split vocabulary the chunk itself is a sum
+    for moved in re.findall(r"= (.*) (?:all-gather|all-to-all|collective-permute)\(", compiled.as_text()):
+        part = rows // parallel.get("tensor", 1)
+        assert re.match(rf"f32\[({part},{width}|{width},{part})\]", moved), moved
