@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from lm.model import LM
 
 __all__ = ["BEST", "CheckpointWriter", "Loaded", "Manifest", "best_step", "latest_step", "load", "locate"]
-__all__ += ["read_config", "read_manifest", "restore", "restore_params", "steps", "verify"]
+__all__ += ["read_config", "read_manifest", "restore", "restore_params", "steps", "verify", "write"]
 
 _LEFTOVER = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|deleting)")
 
@@ -175,7 +175,10 @@ def restore_params(checkpoint: str | Path, *, dtype: Any = None) -> dict[str, An
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loaded:
-    """A trained model, opened: `loaded(tokens_BT)` gives logits. `step` and `path` say which checkpoint it is."""
+    """A trained model, opened: `loaded(tokens_BT)` gives logits. `step` and `path` say which checkpoint it is.
+
+    `step` is None, and `path` its folder, for one that isn't ours.
+    """
 
     config: RunConfig
     params: dict[str, Any]
@@ -214,6 +217,24 @@ def load(path: str | Path, *, step: str | int = "latest", dtype: Any = None) -> 
         tokenizer = tokenizers.load(checkpoint)
     params = restore_params(checkpoint, dtype=dtype)
     return Loaded(read_config(checkpoint), params, tokenizer, read_manifest(checkpoint).step, checkpoint)
+
+
+def write(run: Loaded, workdir: str | Path, *, provenance: Mapping[str, str]) -> Path:
+    """Writes an opened model as a run directory of one checkpoint, of parameters alone; returns the checkpoint.
+
+    It opens, scores, generates and is a start for training, but has no optimizer state to be continued from. Raises
+    InputError where `workdir` is there and not an empty folder.
+    """
+    workdir, step = Path(workdir), run.step or 0
+    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise InputError(f"{workdir} is there and not an empty folder: name a new one")
+    save_tokenizer = None if run.tokenizer is None else run.tokenizer.save
+    digests = {} if run.tokenizer is None else {"tokenizer_sha256": run.tokenizer.sha256}
+    with CheckpointWriter(
+        workdir, config=run.config, save_tokenizer=save_tokenizer, provenance={**digests, **provenance}, keep=None
+    ) as writer:
+        writer.save(step, {"params": run.params})
+    return step_path(workdir, step)
 
 
 def _check(checkpoint: str | Path, *parts: str) -> None:

@@ -1,7 +1,7 @@
 """Other people's models with random weights, their weights in our layout, and the measures that compare the two.
 
-A mapping (`tutorial_params`, `gpt2_params`, `llama_params`) only moves, joins and pads what it is given, so it maps
-gradients as well as weights. Shapes: B batch, T position, D width, V vocabulary.
+`lm.interop` only moves, joins and pads what it is given, so it maps gradients as well as weights. Shapes: B batch, T
+position, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch
 import transformers
 
 from lm.config import ModelConfig, RunConfig
+from lm.interop import huggingface_weights, torch_transformer
+from lm.interop.weights import Weight, assemble
 from lm.nn import language_model
 from lm.nn.head import token_nll
 
@@ -28,11 +30,11 @@ class TutorialModel(torch.nn.Module):
     def __init__(self, vocabulary: int, width: int, heads: int, hidden: int, layers: int, longest: int = 512):
         super().__init__()
         self.width = width
-        self.embedding = torch.nn.Embedding(vocabulary, width)
+        self.encoder = torch.nn.Embedding(vocabulary, width)
         layer = torch.nn.TransformerEncoderLayer(width, heads, hidden, dropout=0.5)
-        self.encoder = torch.nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.transformer_encoder = torch.nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.decoder = torch.nn.Linear(width, vocabulary)
-        torch.nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        torch.nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
         torch.nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
         torch.nn.init.zeros_(self.decoder.bias)
         position = torch.arange(longest).unsqueeze(1)
@@ -40,14 +42,15 @@ class TutorialModel(torch.nn.Module):
         table = torch.zeros(longest, 1, width)
         table[:, 0, 0::2] = torch.sin(position * frequency)
         table[:, 0, 1::2] = torch.cos(position * frequency)
-        self.register_buffer("table", table)
+        self.pos_encoder = torch.nn.Module()
+        self.pos_encoder.register_buffer("pe", table)
         self.dropout = torch.nn.Dropout(0.5)
 
     def forward(self, tokens_TB, causal: bool = True):
-        x = self.embedding(tokens_TB) * math.sqrt(self.width)
-        x = self.dropout(x + self.table[: len(tokens_TB)])
+        x = self.encoder(tokens_TB) * math.sqrt(self.width)
+        x = self.dropout(x + self.pos_encoder.pe[: len(tokens_TB)])
         mask = torch.nn.Transformer.generate_square_subsequent_mask(len(tokens_TB)) if causal else None
-        return self.decoder(self.encoder(x, mask))
+        return self.decoder(self.transformer_encoder(x, mask))
 
 
 def tutorial(cfg: ModelConfig) -> TutorialModel:
@@ -109,7 +112,7 @@ def randomized(model, *, table_std: float, gain: float):
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim > 1:
-                table = any(part in name for part in ("embed", "wte", "wpe"))
+                table = name == "encoder.weight" or any(part in name for part in ("embed", "wte", "wpe"))
                 std = (
                     table_std
                     if table
@@ -133,115 +136,26 @@ def gradients(model) -> dict[str, np.ndarray]:
 
 
 def tutorial_params(found: dict[str, np.ndarray], cfg: ModelConfig):
-    def layer(at: str):
-        qkv, qkv_bias = found[at + "self_attn.in_proj_weight"].T, found[at + "self_attn.in_proj_bias"]
-        return {
-            "attention_norm": {"scale": found[at + "norm1.weight"], "bias": found[at + "norm1.bias"]},
-            "attention": {
-                "qkv": _fused(*np.split(qkv, 3, axis=-1), cfg),
-                "qkv_bias": _fused(*np.split(qkv_bias, 3), cfg),
-                "out": _by_head(found[at + "self_attn.out_proj.weight"].T, cfg),
-                "out_bias": found[at + "self_attn.out_proj.bias"],
-            },
-            "feed_forward_norm": {"scale": found[at + "norm2.weight"], "bias": found[at + "norm2.bias"]},
-            "feed_forward": {
-                "up": found[at + "linear1.weight"].T,
-                "up_bias": found[at + "linear1.bias"],
-                "down": found[at + "linear2.weight"].T,
-                "down_bias": found[at + "linear2.bias"],
-            },
-        }
-
-    return {
-        "embed": {"tokens": _padded(found["embedding.weight"], cfg)},
-        "layers": _stacked([layer(f"encoder.layers.{i}.") for i in range(cfg.num_layers)]),
-        "head": {"kernel": _padded(found["decoder.weight"], cfg).T, "bias": _padded(found["decoder.bias"], cfg)},
-    }
+    return _params(found, list(torch_transformer.tensors(cfg)), cfg)
 
 
 def gpt2_params(found: dict[str, np.ndarray], cfg: ModelConfig):
-    def layer(at: str):
-        return {
-            "attention_norm": {"scale": found[at + "ln_1.weight"], "bias": found[at + "ln_1.bias"]},
-            "attention": {
-                "qkv": _fused(*np.split(found[at + "attn.c_attn.weight"], 3, axis=-1), cfg),
-                "qkv_bias": _fused(*np.split(found[at + "attn.c_attn.bias"], 3), cfg),
-                "out": _by_head(found[at + "attn.c_proj.weight"], cfg),
-                "out_bias": found[at + "attn.c_proj.bias"],
-            },
-            "feed_forward_norm": {"scale": found[at + "ln_2.weight"], "bias": found[at + "ln_2.bias"]},
-            "feed_forward": {
-                "up": found[at + "mlp.c_fc.weight"],
-                "up_bias": found[at + "mlp.c_fc.bias"],
-                "down": found[at + "mlp.c_proj.weight"],
-                "down_bias": found[at + "mlp.c_proj.bias"],
-            },
-        }
-
-    return {
-        "embed": {
-            "tokens": _padded(found["transformer.wte.weight"], cfg),
-            "positions": found["transformer.wpe.weight"],
-        },
-        "layers": _stacked([layer(f"transformer.h.{i}.") for i in range(cfg.num_layers)]),
-        "norm": {"scale": found["transformer.ln_f.weight"], "bias": found["transformer.ln_f.bias"]},
-    }
+    return _huggingface_params(found, cfg, "gpt2")
 
 
 def llama_params(found: dict[str, np.ndarray], cfg: ModelConfig):
-    def layer(at: str):
-        def linear(name: str, kind: str = "weight"):
-            return found[f"{at}{name}_proj.{kind}"].T
-
-        attention = {
-            "qkv": _fused(*(linear(f"self_attn.{name}") for name in "qkv"), cfg),
-            "out": _by_head(linear("self_attn.o"), cfg),
-        }
-        feed_forward = {name: linear(f"mlp.{name}") for name in ("up", "gate", "down")}
-        if cfg.bias:
-            attention["qkv_bias"] = _fused(*(linear(f"self_attn.{name}", "bias") for name in "qkv"), cfg)
-            attention["out_bias"] = linear("self_attn.o", "bias")
-            feed_forward |= {f"{name}_bias": linear(f"mlp.{name}", "bias") for name in ("up", "gate", "down")}
-        if cfg.qk_norm:
-            attention["q_norm"] = {"scale": found[at + "self_attn.q_norm.weight"]}
-            attention["k_norm"] = {"scale": found[at + "self_attn.k_norm.weight"]}
-        return {
-            "attention_norm": {"scale": found[at + "input_layernorm.weight"]},
-            "attention": attention,
-            "feed_forward_norm": {"scale": found[at + "post_attention_layernorm.weight"]},
-            "feed_forward": feed_forward,
-        }
-
-    params = {
-        "embed": {"tokens": _padded(found["model.embed_tokens.weight"], cfg)},
-        "layers": _stacked([layer(f"model.layers.{i}.") for i in range(cfg.num_layers)]),
-        "norm": {"scale": found["model.norm.weight"]},
-    }
-    if not cfg.tie_embeddings:
-        params["head"] = {"kernel": _padded(found["lm_head.weight"], cfg).T}
-    return params
+    return _huggingface_params(found, cfg, "llama")
 
 
-def _fused(q, k, v, cfg: ModelConfig):
-    """[..., heads * H] each to [..., K, (G + 2) H]: a key/value head with the queries that read it."""
-
-    def grouped(x, heads: int):
-        return x.reshape(*x.shape[:-1], cfg.kv_heads, heads * cfg.head_width)
-
-    return np.concatenate([grouped(q, cfg.num_heads // cfg.kv_heads), grouped(k, 1), grouped(v, 1)], axis=-1)
+def _huggingface_params(found: dict[str, np.ndarray], cfg: ModelConfig, model_type: str):
+    short = {huggingface_weights.canonical(name): array for name, array in found.items()}
+    return _params(short, list(huggingface_weights.weights(cfg, model_type)), cfg)
 
 
-def _by_head(out, cfg: ModelConfig):
-    return out.reshape(cfg.num_heads, cfg.head_width, cfg.d_model)
-
-
-def _padded(table, cfg: ModelConfig):
-    more = cfg.padded_vocabulary - len(table)
-    return np.pad(table, [(0, more)] + [(0, 0)] * (table.ndim - 1))
-
-
-def _stacked(layers):
-    return jax.tree.map(lambda *each: np.stack(each), *layers)
+def _params(found: dict[str, np.ndarray], weights: list[Weight], cfg: ModelConfig):
+    """Numpy arrays, so that tests can change them."""
+    assert set(found) == {weight.name for weight in weights}
+    return jax.tree.map(np.array, assemble(cfg, weights, lambda weight: found[weight.name], dtype="float32"))
 
 
 class Family(NamedTuple):

@@ -100,9 +100,7 @@ def train_ours(family, cfg: RunConfig):
     params = jax.tree.map(jnp.array, family.params(weights(family.model(cfg.model)), cfg.model))
     optimizer = make_optimizer(cfg.optimizer, model_specs(cfg.model))
     step = jax.jit(functools.partial(train_step, cfg=cfg, optimizer=optimizer, constrain=unconstrained))
-    budget = Budget.of(
-        cfg.training, warmup_steps=cfg.optimizer.warmup_steps, context=cfg.data.context, rows_per_epoch=1
-    )
+    budget = Budget.of(cfg.training, warmup_steps=cfg.optimizer.warmup_steps, tokens_per_step=1, rows_per_epoch=1)
     state, records = TrainState(jnp.int32(0), params, optimizer.init(params)), []
     for index, batch in enumerate(batches()):
         state, sums = step(state, batch, np.float32(budget.progress(index, 0.0)))

@@ -14,6 +14,8 @@ import jax  # noqa: E402
 from scipy import stats  # noqa: E402
 
 import lm  # noqa: E402
+from lm.interop import torch_transformer  # noqa: E402
+from lm.interop.huggingface_config import arithmetic  # noqa: E402
 from lm.nn import params as declare  # noqa: E402
 from lm.nn.language_model import model_specs  # noqa: E402
 
@@ -113,7 +115,7 @@ def test_fresh_weights_have_torchs_distributions():
     torch.manual_seed(0)
     model = tutorial(cfg)
     for i in range(cfg.num_layers):  # TransformerEncoder copies its first layer; ours are drawn one by one
-        model.encoder.layers[i] = torch.nn.TransformerEncoderLayer(cfg.d_model, cfg.num_heads, cfg.ff_width)
+        model.transformer_encoder.layers[i] = torch.nn.TransformerEncoderLayer(cfg.d_model, cfg.num_heads, cfg.ff_width)
     theirs = without_padding(tutorial_params(weights(model), cfg))
     ours = without_padding(declare.initialize(model_specs(cfg), jax.random.key(0)))
     names = []
@@ -136,6 +138,34 @@ def test_fresh_weights_have_torchs_distributions():
     qkv = model_specs(dataclasses.replace(cfg, initializer="normal"))["layers"]["attention"]["qkv"]
     normal = np.ravel(qkv.init(jax.random.key(0), qkv.shape))
     assert stats.ks_2samp(normal, theirs["layers"]["attention"]["qkv"].ravel()).pvalue < 1e-6
+
+
+@pytest.mark.parametrize("names", [("encoder", "transformer_encoder", "decoder"), ("embedding", "encoder", "linear")])
+def test_states_are_opened_and_written(names, tmp_path):
+    """Under the names of both versions of the tutorial; what we write torch takes strictly, in the same bits."""
+    from safetensors.torch import load_file, save_file
+
+    model = TUTORIAL.model(SMALL)
+    renamed = dict(zip(("encoder", "transformer_encoder", "decoder"), names, strict=True))
+    state = {".".join([renamed.get(part, part) if i == 0 else part for i, part in enumerate(name.split("."))]): tensor
+             for name, tensor in model.state_dict().items()}  # fmt: skip
+    save_file(state, tmp_path / "theirs.safetensors")
+    cfg, params = torch_transformer.load_state_dict(tmp_path / "theirs.safetensors", SMALL.num_heads)
+    assert arithmetic(cfg) == {**arithmetic(SMALL), "max_positions": None}
+    tokens_BT = some_ids(SMALL, 3, 17)
+    assert logits_difference(TUTORIAL, model, cfg, tokens_BT, params=params) < TOLERANCE
+    for heads in (2, 3):
+        other, split = torch_transformer.load_state_dict(tmp_path / "theirs.safetensors", heads)
+        assert logits_difference(TUTORIAL, model, cfg, tokens_BT, ours=other, params=split) > CLEARLY
+
+    ours = without_padding(tutorial_params(weights(model), SMALL))
+    padded = tutorial_params(weights(model), SMALL)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, params), ours)
+    torch_transformer.save_state_dict(tmp_path / "ours.safetensors", SMALL, padded, positions=512)
+    back = tutorial(SMALL)
+    back.load_state_dict(load_file(tmp_path / "ours.safetensors"), strict=True)
+    for name, weight in weights(back).items():
+        assert np.array_equal(weight, weights(model)[name]), name
 
 
 def without_padding(params):
