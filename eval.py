@@ -1,9 +1,14 @@
 """Scores a text under a language model: python eval.py MODEL [--data SOURCE] [--window N] [--stride N] [--json FILE]"""
 
+import contextlib
 import dataclasses
+import importlib.util
 import json
+import math
+import sys
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import tyro
 from rich.console import Console
@@ -11,7 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 from lm import cli
+from lm.config import InputError
 from lm.observe.bar import Bar
+
+if TYPE_CHECKING:
+    from lm import Loaded, Scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,48 +28,112 @@ class Arguments:
     """Perplexity of a model on a text: every token of every document scored once, by the protocol that is printed."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A run directory, or one checkpoint inside it."""
+    """A run directory, one checkpoint inside it, or a Hugging Face model directory."""
     data: str | None = None
     """Source of text, or the name of one of the run's validation texts. None: the first of these."""
     window: int | None = None
     """Longest input the model sees, in tokens. None: evaluation.window of the run, else its training context."""
     stride: int | None = None
     """New tokens that each window scores. None: evaluation.stride of the run if the window is too, else the window."""
+    score_eos: bool = False
+    """Append EOS to every document and score it too."""
     step: Literal["latest", "best"] | int = "latest"
-    """Which checkpoint of the run."""
+    """Which checkpoint of a run."""
+    compare: Annotated[tuple[str, ...], tyro.conf.arg(metavar="MODEL")] = ()
+    """Other models to score on the same text, each with its own default window; the table has all, and the paired
+    differences over documents."""
     batch_size: int | None = None
     """Windows in a batch; changes no result. None: as in the run's config."""
     compute_dtype: Literal["float32", "bfloat16", "tensorfloat32"] = "float32"
     """Operands of matrix products."""
     json: str | None = None
     """Write the result to this file."""
+    by_document: str | None = None
+    """Write MODEL's totals of every document to this file, a line of JSON each."""
+    tokens: str | None = None
+    """Write MODEL's surprisal of every token to this file, a line of JSON a document."""
+    harness: str | None = None
+    """Tasks of lm-evaluation-harness, TASK[,TASK] (extra: harness). A text is scored then only if --data says so."""
+    harness_include: str | None = None
+    """A folder with task files of your own."""
 
 
 def evaluate(argv: Sequence[str]) -> None:
     arguments = cli.parse(Arguments, argv, prog="eval.py")
-    target = None if arguments.json is None else cli.writable_file("--json", arguments.json)
+    files = _files(arguments)
+    if arguments.harness is not None:
+        _check_harness(arguments)
     from lm import api  # here, so that Ctrl-C ends the command cleanly while JAX is loading
 
     run = api.load(arguments.model, step=arguments.step, dtype=arguments.compute_dtype)
-    with Bar(Console(stderr=True)) as bar:
-        scores = api.evaluate(
-            run,
-            arguments.data,
-            window=arguments.window,
-            stride=arguments.stride,
-            batch_size=arguments.batch_size,
-            progress=bar,
-        )
-    result = scores.to_dict()
+    result: dict[str, Any] = {}
+    if arguments.harness is None or arguments.data is not None:
+        result = _score(run, arguments, files)
+    if arguments.harness is not None:
+        result.setdefault("model", {"path": str(run.path), "step": run.step, "parameters": run.num_parameters})
+        result["harness"] = _run_harness(run, arguments)
+    if "json" in files:
+        files["json"].write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _files(arguments: Arguments) -> dict[str, Path]:
+    """The files to write, checked."""
+    given = {name: getattr(arguments, name) for name in ("json", "by_document", "tokens")}
+    flags = {name: f"--{name.replace('_', '-')}" for name in given}
+    files = {name: cli.writable_file(flags[name], path) for name, path in given.items() if path is not None}
+    if len({path.absolute() for path in files.values()}) < len(files):
+        raise InputError(f"{' and '.join(flags[name] for name in files)} name one file: give each its own")
+    return files
+
+
+def _score(run: "Loaded", arguments: Arguments, files: dict[str, Path]) -> dict[str, Any]:
+    """Scores the text under the model, and under those it is compared with; shows and returns the result."""
+    from lm import api, scored_text
+    from lm.evaluation.comparison import compare
+
+    how = {name: getattr(arguments, name) for name in ("window", "stride", "score_eos")}
+    others = [api.load(path, step=arguments.step, dtype=arguments.compute_dtype) for path in arguments.compare]
+    scored_text.check_together([run, *others], None, **how)
+    with Bar(Console(stderr=True)) as bar, contextlib.ExitStack() as opened:
+        text = scored_text.open_text(run, arguments.data, bar)
+        scored_text.check_together([run, *others], text, **how)
+        tokens: TextIO | None = None
+        if "tokens" in files:
+            tokens = opened.enter_context(files["tokens"].open("w", encoding="utf-8"))
+        how |= {"batch_size": arguments.batch_size, "progress": bar}
+        scores = [api.evaluate(run, text, tokens=tokens, **how)]
+        scores += [api.evaluate(other, text, **how) for other in others]
+    for each in scores:
+        _warn(each)
+    if "by_document" in files:
+        assert scores[0].per_document is not None
+        with files["by_document"].open("w", encoding="utf-8") as file:
+            file.writelines(
+                json.dumps(record, ensure_ascii=False) + "\n" for record in scores[0].per_document.records()
+            )
+    result = scores[0].to_dict()
     _show(result)
-    if target is not None:
-        target.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    if others:
+        result["comparison"] = compare(scores)
+        _show_comparison(result["comparison"])
+    return result
+
+
+def _warn(scores: "Scores") -> None:
+    if not math.isfinite(scores.nats):
+        assert scores.per_document is not None
+        bad = sum(not math.isfinite(nats) for nats in scores.per_document.nats_D)
+        print(
+            f"warning: {scores.model['path']} gives no finite probability in {bad:,} of {scores.documents:,} documents "
+            "(NaN or infinite weights, or an overflow): its nats, perplexities and bits are null",
+            file=sys.stderr,
+        )
 
 
 def _show(result: dict[str, Any]) -> None:
     """A table on a terminal, a line `name: value` each elsewhere."""
     names = ("nats_per_token", "standard_error", "perplexity", "word_perplexity", "bits_per_byte")
-    rows = {name.replace("_", " "): "-" if result[name] is None else f"{result[name]:.6g}" for name in names}
+    rows = {name.replace("_", " "): _number(result[name]) for name in names}
     rows |= {name: f"{result[name]:,}" for name in ("tokens", "words", "bytes", "documents")}
     rows |= {f"protocol {name}": str(value) for name, value in result["protocol"].items()}
     rows |= {"model": f"{result['model']['path']} ({result['model']['parameters']:,} parameters)"}
@@ -73,6 +146,77 @@ def _show(result: dict[str, Any]) -> None:
     for name, value in rows.items():
         table.add_row(name, Text(value))  # as it stands: [validation] is no markup
     console.print(table)
+
+
+def _show_comparison(comparison: dict[str, Any]) -> None:
+    """The models, a row each, and the differences of all pairs; tabs between the columns where it is no terminal."""
+    names = ("nats_per_token", "perplexity", "word_perplexity", "bits_per_byte")
+    models = comparison["models"]
+    rows = [["", "model", *(name.replace("_", " ") for name in names), "window", "stride"]]
+    for number, each in enumerate(models, 1):
+        protocol = [str(each["protocol"][name]) for name in ("window", "stride")]
+        rows.append([str(number), each["path"], *(_number(each[name]) for name in names), *protocol])
+    _show_rows(rows)
+    _show_rows(
+        [["difference", "over the same documents", "standard error", "unit"]]
+        + [
+            [
+                f"{pair['models'][1] + 1} - {pair['models'][0] + 1}",
+                _number(pair["difference"], "+.6g"),
+                _number(pair["standard_error"]),
+                pair["unit"],
+            ]
+            for pair in comparison["pairs"]
+        ]
+    )
+
+
+def _show_rows(rows: list[list[str]]) -> None:
+    console = Console()
+    if not console.is_terminal:
+        print("\n" + "\n".join("\t".join(row) for row in rows))
+        return
+    table = Table()
+    for name in rows[0]:
+        table.add_column(name, overflow="fold")  # on a narrow terminal nothing is left out
+    for row in rows[1:]:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+def _number(value: float | None, form: str = ".6g") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _check_harness(arguments: Arguments) -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError("--harness needs lm-evaluation-harness: pip install lm-eval")
+    if arguments.harness_include is not None and not Path(arguments.harness_include).is_dir():
+        raise InputError(f"--harness-include {arguments.harness_include}: there is no such folder")
+
+
+def _run_harness(run: "Loaded", arguments: Arguments) -> dict[str, Any]:
+    """Runs the tasks, prints the harness's table, and returns its results."""
+    from lm import scored_text
+    from lm.config import ParallelConfig
+    from lm.parallel import make_mesh
+
+    scored_text.tokenizer_of(run)
+    window, _ = scored_text.window_and_stride(run, arguments.window, arguments.stride)
+    batch_size = run.config.evaluation.batch_size if arguments.batch_size is None else arguments.batch_size
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}: use 1 window or more")
+    tasks = [name.strip() for name in (arguments.harness or "").split(",") if name.strip()]
+    if not tasks:
+        raise InputError("--harness names no task: give one or more, as in --harness lambada_openai,piqa")
+    from lm.evaluation import harness
+
+    with Bar(Console(stderr=True)) as bar:
+        mesh = make_mesh(ParallelConfig())
+        model = harness.HarnessModel(run, window=window, batch_size=batch_size, mesh=mesh, progress=bar)
+        results = harness.evaluate(model, tasks, arguments.harness_include)
+    print(harness.table(results))
+    return results
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ class Generate:
     """Continues a prompt."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A run directory, or one checkpoint inside it."""
+    """A run directory, one checkpoint inside it, or a Hugging Face model folder."""
     prompt: str = ""
     """Text to continue."""
     max_tokens: int | None = None
@@ -106,6 +106,8 @@ class TrainTokenizer:
     """Special tokens besides BOS and EOS."""
     document_separator: str | None = None
     """Splits each text file into documents. None: one document a file."""
+    pair_separator: str = "\n"
+    """Between the two sides of a pair."""
 
 
 def train_tokenizer(argv: Sequence[str]) -> None:
@@ -117,7 +119,8 @@ def train_tokenizer(argv: Sequence[str]) -> None:
     from lm.data import tokenizer
     from lm.data.corpus import open_corpus
 
-    corpora = [open_corpus(source, document_separator=arguments.document_separator) for source in arguments.sources]
+    separators = {name: getattr(arguments, name) for name in ("document_separator", "pair_separator")}
+    corpora = [open_corpus(source, **separators) for source in arguments.sources]
     with Bar(Console(stderr=True)) as bar:
         trained = tokenizer.train_tokenizer(
             corpora,
@@ -132,8 +135,66 @@ def train_tokenizer(argv: Sequence[str]) -> None:
     print(f"next       python train.py --tokenizer.kind file --tokenizer.path {place} --data.train SOURCE")
 
 
+@dataclasses.dataclass(frozen=True)
+class Import:
+    """Turns a Hugging Face model folder into a run directory."""
+
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """A folder with config.json, *.safetensors and, if there is one, a tokenizer."""
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """The run directory to write: new or empty."""
+
+
+def import_model(argv: Sequence[str]) -> None:
+    """Writes the run and says what is in it."""
+    arguments = cli.parse(Import, argv, prog="python -m lm import")
+    from lm import checkpoint
+    from lm.interop import huggingface
+
+    run = huggingface.load(arguments.folder)
+    saved = checkpoint.write(run, arguments.run, provenance={"imported_from": str(run.path.absolute())})
+    print(f"saved      {saved}: {run.num_parameters:,} parameters")
+    print(f"next       python eval.py {shlex.quote(arguments.run)} --data SOURCE")
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Writes a model as a Hugging Face folder, which transformers opens."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A run directory, one checkpoint inside it, or a Hugging Face model folder."""
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """The folder to write: new or empty."""
+    family: str | None = None
+    """The architecture, a model_type of transformers. None: the first that the model is one of."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights."""
+    max_shard_bytes: int = 5_000_000_000
+    """Weights that are more than this are split over several files."""
+    step: Literal["latest", "best"] | int = "latest"
+    """Which checkpoint of the run."""
+
+
+def export_model(argv: Sequence[str]) -> None:
+    """Writes the folder and says which files."""
+    arguments = cli.parse(Export, argv, prog="python -m lm export")
+    from lm import api
+    from lm.interop import huggingface
+
+    files = huggingface.save(
+        api.load(arguments.model, step=arguments.step),
+        arguments.folder,
+        family=arguments.family,
+        dtype=arguments.dtype,
+        max_shard_bytes=arguments.max_shard_bytes,
+    )
+    print(f"saved      {arguments.folder}: {', '.join(path.name for path in files)}")
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "generate": generate,
+    "import": import_model,
+    "export": export_model,
     "data inspect": inspect_data,
     "tokenizer train": train_tokenizer,
 }

@@ -10,29 +10,28 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 
 from lm import checkpoint, generation
 from lm.checkpoint import Loaded
-from lm.config import EvaluationConfig, InputError, ParallelConfig, RunConfig, nearest
-from lm.data.corpus import open_corpus
-from lm.data.sources.source import parse_named
-from lm.data.tokenizer import Tokenizer
-from lm.data.tokens import TokenStore
-from lm.evaluation.perplexity import Evaluator, Scores
+from lm.config import InputError, ParallelConfig, RunConfig, nearest
+from lm.evaluation.perplexity import Evaluator, Scores, check_eos
+from lm.evaluation.surprisal import SurprisalWriter
 from lm.generation import Sampling
-from lm.manifest import read_manifest
+from lm.interop import huggingface
 from lm.observe.bar import Bar
+from lm.observe.terminal import Terminal
 from lm.observe.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, WandbWriter, Writer
 from lm.parallel import make_mesh
 from lm.run_directory import locked
+from lm.scored_text import ScoredText, open_text, tokenizer_of, window_and_stride
 from lm.training.conclusion import conclude, final_evaluation, score
 from lm.training.run import run as run_training
 from lm.training.signals import StopRequest
 from lm.training.start import Start, prepare
-from lm.training.texts import Progress, store_of, validation_key, validation_of
+from lm.training.texts import Progress, store_of
 
 __all__ = ["Loaded", "Scores", "evaluate", "generate", "load", "preset", "preset_names", "train"]
 
@@ -80,7 +79,7 @@ def train(config: RunConfig, workdir: str | Path) -> Loaded:
     Returns the trained model. Raises InputError before anything compiles if config, text, devices or workdir don't fit;
     SystemExit(143 or 130) after saving, if stopped by SIGTERM or Ctrl-C.
     """
-    workdir, console = Path(workdir), Console()
+    workdir, console = Path(workdir), Terminal()
 
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -112,7 +111,8 @@ def train(config: RunConfig, workdir: str | Path) -> Loaded:
 
 
 def load(path: str | Path, *, step: str | int = "latest", dtype: str = "float32") -> Loaded:
-    """Opens a model: a run directory, or one checkpoint inside it, written on any number of devices of any kind.
+    """Opens a model: a run directory, one checkpoint inside it, written on any number of devices of any kind, or a
+    Hugging Face model folder.
 
     Args:
       step: "latest", "best" (by validation loss) or a number, for a run directory.
@@ -120,18 +120,25 @@ def load(path: str | Path, *, step: str | int = "latest", dtype: str = "float32"
     """
     if dtype not in ("float32", "bfloat16", "tensorfloat32"):
         raise InputError(f"dtype is {dtype!r}: use 'float32', 'bfloat16' or 'tensorfloat32'")
-    run = checkpoint.load(path, step=step, dtype="bfloat16" if dtype == "bfloat16" else None)
+    if huggingface.is_folder(path):
+        if step not in ("latest", "best"):
+            raise InputError(f"{path} is a Hugging Face model folder: it has no step {step}, leave the step out")
+        run = huggingface.load(path, dtype="bfloat16" if dtype == "bfloat16" else "float32")
+    else:
+        run = checkpoint.load(path, step=step, dtype="bfloat16" if dtype == "bfloat16" else None)
     model = dataclasses.replace(run.config.model, compute_dtype=dtype)  # type: ignore[arg-type]
     return dataclasses.replace(run, config=dataclasses.replace(run.config, model=model))
 
 
 def evaluate(
     run: Loaded,
-    data: str | None = None,
+    data: str | ScoredText | None = None,
     *,
     window: int | None = None,
     stride: int | None = None,
     batch_size: int | None = None,
+    score_eos: bool = False,
+    tokens: TextIO | None = None,
     progress: Progress | None = None,
 ) -> Scores:
     """Perplexity of a model on a source of text, each document's every token scored once.
@@ -141,14 +148,15 @@ def evaluate(
       window: the longest input the model sees, in tokens; None: as in the run's config.
       stride: new tokens each window scores; None: as in the run's config, or the window where one is given.
       batch_size: windows at a time; changes no result.
+      score_eos: score an EOS behind every document too.
+      tokens: gets the surprisal of every token, a line a document: see `lm.evaluation.surprisal`.
       progress: called with (what is being done, how much of it is done, how much there is).
     """
-    config = run.config
-    tokenizer = _tokenizer(run)
-    store = _store_to_score(run, data, progress)
-    given = config.evaluation if window is None else EvaluationConfig(window=window)  # the run's stride fits its window
-    window = config.data.context if given.window is None else given.window
-    stride = stride if stride is not None else window if given.stride is None else given.stride
+    config, tokenizer = run.config, tokenizer_of(run)
+    window, stride = window_and_stride(run, window, stride)
+    check_eos(tokenizer, score_eos)
+    text = data if isinstance(data, ScoredText) else open_text(run, data, progress)
+    store = store_of(text.text, tokenizer, config, progress)
     mesh = make_mesh(ParallelConfig())
     evaluator = Evaluator(
         config.model,
@@ -158,9 +166,12 @@ def evaluate(
         stride=stride,
         batch_size=config.evaluation.batch_size if batch_size is None else batch_size,
         mesh=mesh,
-        score_prompts=config.data.prompt_loss,
+        score_prompts=text.score_prompts,
+        score_eos=score_eos,
     )
-    return score(run, evaluator, mesh, None if progress is None else functools.partial(progress, "scoring"))
+    tell = None if progress is None else functools.partial(progress, f"scoring under {run.path}")
+    each = None if tokens is None else SurprisalWriter(tokens, text.text, store, tokenizer)
+    return score(run, evaluator, mesh, tell, each)
 
 
 def generate(
@@ -180,7 +191,7 @@ def generate(
     return generation.generate(
         run.params,
         run.config.model,
-        _tokenizer(run),
+        tokenizer_of(run),
         [prompts] if isinstance(prompts, str) else prompts,
         max_tokens=max_tokens,
         sampling=Sampling(temperature, top_k, top_p),
@@ -216,32 +227,3 @@ def _open_writers(start: Start, workdir: Path, console: Console) -> list[Writer]
     if cfg.observe.wandb_project:
         writers.append(WandbWriter(cfg.observe.wandb_project, workdir, dataclasses.asdict(cfg)))
     return [*writers, JsonlWriter(workdir / METRICS, resume_step)]
-
-
-def _tokenizer(run: Loaded) -> Tokenizer:
-    if run.tokenizer is None:
-        raise InputError(
-            f"{run.path} has no tokenizer, so text can't be read or written: put its tokenizer.json or .model there"
-        )
-    return run.tokenizer
-
-
-def _store_to_score(run: Loaded, data: str | None, progress: Progress | None) -> TokenStore:
-    """The tokens of a source, or of a validation text of the run; raises InputError where that is another by now."""
-    config, tokenizer = run.config, _tokenizer(run)
-    given = config.data.validation
-    written = [given] if isinstance(given, str) else given or ()
-    if data is not None and data not in {parse_named(source)[0] for source in written} - {""}:
-        separators = (config.data.document_separator, config.data.pair_separator)
-        text = open_corpus(data, document_separator=separators[0], pair_separator=separators[1])
-        return store_of(text, tokenizer, config, progress)
-    texts = validation_of(config)
-    name = data or next(iter(texts))
-    store = store_of(texts[name], tokenizer, config, progress)
-    now, then = store.corpus_sha256, read_manifest(run.path).provenance.get(validation_key(name))
-    if now != then:
-        raise InputError(
-            f"the validation text of {run.path} is not what it was when the run was trained (sha256 {now[:12]} now, "
-            f"{str(then)[:12]} then): name a text with --data"
-        )
-    return store

@@ -63,7 +63,13 @@ def generate(
         left = room(cfg, max(map(len, rows), default=0))
         max_tokens = USUAL_TOKENS if left is None else max(min(USUAL_TOKENS, left), 1)
     ids = generate_ids(params, cfg, rows, max_tokens=max_tokens, sampling=sampling, seed=seed, end_id=tokenizer.eos)
-    return [tokenizer.decode(row) for row in ids]
+    return [_continuation(tokenizer, prompt, new) for prompt, new in zip(rows, ids, strict=True)]
+
+
+def _continuation(tokenizer: Tokenizer, prompt: np.ndarray, new: np.ndarray) -> str:
+    """The text of new ids as it follows the prompt: some tokenizers drop a space at the beginning of a text."""
+    before, whole = tokenizer.decode(prompt), tokenizer.decode(np.concatenate([prompt, new]))
+    return whole.removeprefix(before) if whole.startswith(before) else tokenizer.decode(new)
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> np.ndarray:

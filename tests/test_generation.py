@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from lm.config import InputError, ModelConfig, RunConfig
-from lm.data.tokenizer import ByteTokenizer
-from lm.generation import Sampling, generate, generate_ids, pick
+from lm.data.tokenizer import ByteTokenizer, FileTokenizer
+from lm.generation import Sampling, _continuation, generate, generate_ids, pick
 from lm.nn import language_model, params
 
 GREEDY = Sampling(0.0)
@@ -139,3 +140,14 @@ def test_past_the_learned_positions_is_refused_with_what_fits(cfg):
     assert len(generate(tree, cfg, ByteTokenizer(), ["ab"], max_tokens=None, sampling=GREEDY, seed=0)[0]) > 0
     with pytest.raises(InputError, match="shorten the prompt"):
         run(tree, cfg, [np.zeros(17, np.int32)], max_tokens=1)
+
+
+def test_a_continuation_keeps_the_space_between():
+    """SentencePiece's decoders drop the space in front of a text's first word."""
+    words = {"\u2581once": 0, "\u2581upon": 1, "?": 2}
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    library.decoder = tokenizers.decoders.Metaspace()
+    tokenizer = FileTokenizer(library.to_str())
+    assert tokenizer.decode([1]) == "upon"
+    assert _continuation(tokenizer, np.array([0]), np.array([1, 1])) == " upon upon"

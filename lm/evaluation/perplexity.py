@@ -1,104 +1,31 @@
 """Perplexity by one declared protocol: every token of every document scored exactly once, never across documents.
 
-Shapes: R rows, W positions in a row, D documents.
+Shapes: R rows, W positions in a row, D documents, T ids of a document.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from lm.config import InputError, ModelConfig
-from lm.data.pipeline import Batch
 from lm.data.tokenizer import Tokenizer
 from lm.data.tokens import TokenStore
-from lm.nn import language_model
-from lm.parallel import batch_shards, constrainer, put_rows
+from lm.evaluation.scorer import rows_at_once, score
+from lm.evaluation.scores import PerDocument, Scores, ratio_standard_error
+from lm.evaluation.windows import Window, pack, windows, windows_behind
 
+__all__ = ["EachDocument", "Evaluator", "Scores", "Window", "check_eos", "check_window"]
+__all__ += ["ratio_standard_error", "windows"]
 
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    """Totals of one evaluation, and how they were taken. The ratios are computed once, from the totals."""
-
-    nats: float
-    tokens: int
-    words: int
-    bytes: int
-    documents: int
-    standard_error: float | None
-    """Of nats_per_token over documents, by the ratio estimator; None for fewer than two documents."""
-    protocol: Mapping[str, Any]
-    seconds: float
-    model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def nats_per_token(self) -> float:
-        return self.nats / self.tokens
-
-    @property
-    def perplexity(self) -> float:
-        return _exp(self.nats / self.tokens)
-
-    @property
-    def word_perplexity(self) -> float | None:
-        return _exp(self.nats / self.words) if self.words else None
-
-    @property
-    def bits_per_byte(self) -> float:
-        return self.nats / self.bytes / math.log(2)
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds
-
-    def to_dict(self) -> dict[str, Any]:
-        """The result as eval.py writes it; JSON has no NaN and no infinity, so these are None."""
-        values = {
-            **{name: getattr(self, name) for name in ("nats", "tokens", "words", "bytes", "documents")},
-            **{name: getattr(self, name) for name in ("nats_per_token", "perplexity", "word_perplexity")},
-            **{name: getattr(self, name) for name in ("bits_per_byte", "standard_error")},
-            "protocol": dict(self.protocol),
-            "model": dict(self.model),
-            "seconds": self.seconds,
-            "tokens_per_second": self.tokens_per_second,
-        }
-        return {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in values.items()
-        }
-
-
-class Window(NamedTuple):
-    """Input ids [begin, end) of a document with its BOS. Targets are one further; the last `scored` of them count."""
-
-    begin: int
-    end: int
-    scored: int
-
-
-def windows(length: int, *, window: int, stride: int) -> Iterator[Window]:
-    """The windows of a document of `length` ids, its BOS included: lm-evaluation-harness's rolling windows.
-
-    The first scores up to `window` targets. Each later one scores the next `stride`, its input being the `window` ids
-    that end just before its last target, so that a target has at least `window - stride + 1` ids before it.
-    """
-    targets = length - 1
-    done = min(window, targets)
-    if done > 0:
-        yield Window(0, done, done)
-    while done < targets:
-        scored = min(stride, targets - done)
-        done += scored
-        yield Window(done - window, done, scored)
+EachDocument = Callable[[int, np.ndarray, np.ndarray], None]
 
 
 class Evaluator:
@@ -110,10 +37,13 @@ class Evaluator:
       tokenizer: whose ids they are; its `first_id` goes before every document.
       score_prompts: whether a document's prompt is scored; else it is context alone, and its words and bytes don't
         count either.
+      score_eos: whether EOS follows every document and is scored.
       window, stride: in tokens, 1 <= stride <= window.
-      batch_size: rows at a time, rounded up to a multiple of the devices; changes results by rounding only.
-      mesh: where the parameters live.
+      batch_size: rows at a time, see `scorer.rows_at_once`; changes results by rounding only.
+      mesh: where the parameters live; all its processes make the same calls and get the same result.
       max_tokens: take only the first documents by hash of their id, up to this many tokens. None: all.
+
+    Raises InputError where the arguments don't fit, and where no document has a token to score.
     """
 
     def __init__(
@@ -128,26 +58,34 @@ class Evaluator:
         mesh: Mesh,
         max_tokens: int | None = None,
         score_prompts: bool = False,
+        score_eos: bool = False,
     ):
-        _check_window(cfg, window, stride)
-        self.cfg, self.store, self.mesh = cfg, store, mesh
-        self.window, self.stride, self.first_id = window, stride, tokenizer.first_id
+        check_window(cfg, window, stride)
+        check_eos(tokenizer, score_eos)
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}: use 1 window or more")
-        self.rows = -(-batch_size // batch_shards(mesh)) * batch_shards(mesh)
+        self.cfg, self.store, self.mesh = cfg, store, mesh
+        self.window, self.stride, self.first_id = window, stride, tokenizer.first_id
+        self.last_id = tokenizer.eos if score_eos else None
         self.documents = _first_documents(store, max_tokens)
         self.prompts = None if score_prompts else store.prompts
         longest = self.tokens = 0
+        extra = (self.first_id is not None) + (self.last_id is not None)
         for document in self.documents:
-            length = len(store.document(document)) + (self.first_id is not None)
+            length = len(store.document(document)) + extra
             longest = max(longest, length)
             self.tokens += max(length - self._unscored(document), 0)
-        self.row_length = min(window, max(1, longest - 1))  # no row longer than the longest document
+        if not self.tokens:
+            raise InputError(
+                f"nothing to score in {store.source}: no document has a token with one before it to predict it from"
+            )
+        self.row_length = min(window, longest - 1)  # no row longer than the longest document
+        self.rows = rows_at_once(batch_size, self.row_length, mesh)
         self.protocol = {
             "window": window,
             "stride": stride,
             "bos": self.first_id,
-            "eos": False,
+            "eos": False if self.last_id is None else self.last_id,
             "data": store.source,
             "data_sha256": store.corpus_sha256,
             "tokenizer_sha256": tokenizer.sha256,
@@ -158,85 +96,77 @@ class Evaluator:
         if store.prompts is not None:
             self.protocol["prompts"] = "scored" if score_prompts else "context"
 
-    def __call__(self, params: Any, progress: Callable[[int, int], None] | None = None) -> Scores:
-        """Scores all documents; `progress` is told the tokens done and the tokens in all, a batch at a time."""
+    def __call__(
+        self,
+        params: Any,
+        progress: Callable[[int, int], None] | None = None,
+        each_document: EachDocument | None = None,
+    ) -> Scores:
+        """Scores all documents.
+
+        Args:
+          progress: is told the tokens done and the tokens in all, a batch at a time.
+          each_document: gets each document's number, its ids_T without what stands before it, and their nats_T,
+            float32, NaN where one isn't scored; in order, once a document is done.
+        """
         start = time.perf_counter()
-        nats_D, tokens_D = np.zeros(len(self.store)), np.zeros(len(self.store), np.int64)
-        step = _compiled_nll(self.cfg, self.mesh)
-        waiting: list[tuple[jax.Array, np.ndarray]] = []
-
-        def collect() -> None:
-            nll_RW, document_RW = waiting.pop(0)
-            scored = document_RW >= 0
-            # float64: a sum of millions of float32 nats would be off in its fourth digit
-            nats = np.asarray(nll_RW, np.float64)[scored]
-            nats_D[:] += np.bincount(document_RW[scored], nats, len(nats_D))
-            tokens_D[:] += np.bincount(document_RW[scored], minlength=len(nats_D))
+        place = {document: number for number, document in enumerate(self.documents)}
+        nats_D, tokens_D = np.zeros(len(place)), np.zeros(len(place), np.int64)
+        hand_out = None if each_document is None else _InOrder(self, each_document)
+        done = 0
+        packed = pack(self._windows(), rows=self.rows, length=self.row_length)
+        for pieces, (nats_RW,) in score(params, packed, cfg=self.cfg, mesh=self.mesh):
+            for piece in pieces:
+                nats = nats_RW[piece.row, piece.begin : piece.begin + piece.scored]
+                # float64: a sum of millions of float32 nats would be off in its fourth digit
+                nats_D[place[piece.text]] += nats.sum(dtype=np.float64)
+                tokens_D[place[piece.text]] += piece.scored
+                done += piece.scored
+                if hand_out is not None:
+                    hand_out.add(piece.text, piece.first, nats)
             if progress is not None:
-                progress(int(tokens_D.sum()), self.tokens)
-
-        for batch, document_RW in self._batches():
-            waiting.append((step(params, put_rows(self.mesh, batch)), document_RW))
-            if len(waiting) > 1:  # fetch a batch only once the next is under way
-                collect()
-        while waiting:
-            collect()
-        return self._total(nats_D[self.documents], tokens_D[self.documents], time.perf_counter() - start)
+                progress(done, self.tokens)
+        if hand_out is not None:
+            hand_out.until(None)
+        assert done == self.tokens, (done, self.tokens)
+        return self._total(nats_D, tokens_D, time.perf_counter() - start)
 
     def _total(self, nats_D: np.ndarray, tokens_D: np.ndarray, seconds: float) -> Scores:
-        if not tokens_D.sum():
-            raise InputError(f"nothing to score in {self.store.source}: no document has a token with one before it")
-        words = size = 0
-        for sizes in map(self.store.sizes, self.documents):
-            words += sizes.words + (0 if self.prompts is not None else sizes.prompt_words)
-            size += sizes.bytes + (0 if self.prompts is not None else sizes.prompt_bytes)
+        words_D, bytes_D = self._sizes
+        documents = self.documents
+        each = PerDocument(lambda i: self.store.document_id(documents[i]), nats_D, tokens_D, words_D, bytes_D)
         return Scores(
-            nats=math.fsum(nats_D),
+            nats=math.fsum(nats_D) if np.isfinite(nats_D).all() else math.nan,
             tokens=int(tokens_D.sum()),
-            words=words,
-            bytes=size,
-            documents=len(self.documents),
+            words=int(words_D.sum()),
+            bytes=int(bytes_D.sum()),
+            documents=len(documents),
             standard_error=ratio_standard_error(nats_D, tokens_D),
             protocol=self.protocol,
             seconds=seconds,
+            per_document=each,
         )
 
-    def _batches(self) -> Iterator[tuple[Batch, np.ndarray]]:
-        """Batches of `rows` rows of windows, and for each position the document it is scored for, -1 for none.
+    @cached_property
+    def _sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """words_D and bytes_D of what is scored."""
+        words_D, bytes_D = np.zeros((2, len(self.documents)), np.int64)
+        for number, sizes in enumerate(map(self.store.sizes, self.documents)):
+            words_D[number] = sizes.words + (0 if self.prompts is not None else sizes.prompt_words)
+            bytes_D[number] = sizes.bytes + (0 if self.prompts is not None else sizes.prompt_bytes)
+        return words_D, bytes_D
 
-        Windows that fit share a row, each a segment of its own with positions from 0: the model sees them apart.
-        """
-        batch, document_RW = self._empty()
-        row = used = piece = 0
-        for document, ids, window in self._windows():
-            size = window.end - window.begin
-            if used + size > self.row_length:
-                row, used, piece = row + 1, 0, 0
-            if row == self.rows:
-                yield batch, document_RW
-                batch, document_RW = self._empty()
-                row = 0
-            piece += 1
-            place = (row, slice(used, used + size))
-            batch.tokens_BT[place] = ids[window.begin : window.end]
-            batch.targets_BT[place] = ids[window.begin + 1 : window.end + 1]
-            batch.segments_BT[place] = piece
-            batch.positions_BT[place] = np.arange(size)
-            document_RW[row, used + size - window.scored : used + size] = document
-            used += size
-        if used:
-            yield batch, document_RW
+    def ids(self, document: int) -> np.ndarray:
+        """A document's ids with what stands before it and, where it is scored, EOS behind."""
+        head, tail = ([] if one is None else [one] for one in (self.first_id, self.last_id))
+        return np.concatenate([np.array(head, np.int32), self.store.document(document), np.array(tail, np.int32)])
 
     def _windows(self) -> Iterator[tuple[int, np.ndarray, Window]]:
-        head = np.array([] if self.first_id is None else [self.first_id], np.int32)
         for document in self.documents:
-            ids = np.concatenate([head, self.store.document(document)])
+            ids = self.ids(document)
             unscored = self._unscored(document)
-            for window in windows(len(ids), window=self.window, stride=self.stride):
-                # Of a window's last targets those that lie behind the prompt.
-                scored = min(window.scored, window.end + 1 - unscored)
-                if scored > 0:
-                    yield document, ids, window._replace(scored=scored)
+            for window in windows_behind(ids, unscored, window=self.window, stride=self.stride):
+                yield document, ids, window
 
     def _unscored(self, document: int) -> int:
         """How many ids of a document, with what goes before it, aren't scored: the first one, and the prompt."""
@@ -246,41 +176,49 @@ class Evaluator:
         prompt = int(self.prompts[document])  # counts the store's BOS, if there is one
         return max(head + prompt - (prompt > 0 and self.store.bos is not None), 1)
 
-    def _empty(self) -> tuple[Batch, np.ndarray]:
-        shape = (self.rows, self.row_length)
-        tokens, targets, segments, positions = (np.zeros(shape, np.int32) for _ in range(4))
-        return Batch(tokens, targets, np.zeros(shape, np.float32), segments, positions), np.full(shape, -1)
+
+class _InOrder:
+    """Gathers the nats of documents, whose windows come in order, and hands each out once it is whole."""
+
+    def __init__(self, evaluator: Evaluator, each: EachDocument):
+        self._evaluator, self._each = evaluator, each
+        self._left = iter(evaluator.documents)
+        self._current: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def add(self, document: int, first: int, nats: np.ndarray) -> None:
+        self.until(document)
+        assert self._current is not None
+        self._current[2][first : first + len(nats)] = nats
+
+    def until(self, document: int | None) -> None:
+        """Hands out the documents before this one, which becomes the current one; None: all."""
+        while self._current is None or self._current[0] != document:
+            if self._current is not None:
+                number, ids_T, nats_T = self._current
+                head = int(self._evaluator.first_id is not None)
+                self._each(number, ids_T[head:], nats_T[head:])
+            following = next(self._left, None)
+            if following is None:
+                assert document is None
+                return
+            ids_T = self._evaluator.ids(following)
+            self._current = following, ids_T, np.full(len(ids_T), np.nan, np.float32)
 
 
-def ratio_standard_error(nats_D: np.ndarray, tokens_D: np.ndarray) -> float | None:
-    """Standard error of Σ nats / Σ tokens over documents: the ratio estimator (Cochran 1977, section 2.11)."""
-    documents = len(nats_D)
-    if documents < 2:
-        return None
-    residual_D = nats_D - nats_D.sum() / tokens_D.sum() * tokens_D
-    return float(np.sqrt(documents / (documents - 1) * np.sum(residual_D**2)) / tokens_D.sum())
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled_nll(cfg: ModelConfig, mesh: Mesh) -> Callable[[Any, Batch], jax.Array]:
-    constrain = constrainer(mesh)
-
-    def nll(params: Any, batch: Batch) -> jax.Array:
-        tokens, targets, _, segments, positions = batch
-        return language_model.nll(
-            params, tokens, targets, segments, positions, cfg=cfg, dropout_keys_B=None, constrain=constrain
-        )
-
-    return jax.jit(nll)
-
-
-def _check_window(cfg: ModelConfig, window: int, stride: int) -> None:
+def check_window(cfg: ModelConfig, window: int, stride: int) -> None:
+    """Raises InputError for a window and a stride that don't score every token once, or that the model can't take."""
     if not 1 <= stride <= window:
         raise InputError(f"stride {stride} and window {window}: a stride from 1 to the window scores every token once")
     if cfg.positions == "learned" and window > cfg.position_rows:
         raise InputError(
             f"window {window} is more than the model's {cfg.position_rows} learned positions: use at most that"
         )
+
+
+def check_eos(tokenizer: Tokenizer, score_eos: bool) -> None:
+    """Raises InputError where EOS is to be scored and there is none."""
+    if score_eos and tokenizer.eos is None:
+        raise InputError(f"the tokenizer ({tokenizer.kind}) has no EOS to score: leave --score-eos out")
 
 
 def _first_documents(store: TokenStore, max_tokens: int | None) -> list[int]:
@@ -296,7 +234,3 @@ def _first_documents(store: TokenStore, max_tokens: int | None) -> list[int]:
             break
         taken.append(document)
     return sorted(taken)
-
-
-def _exp(nats: float) -> float:
-    return math.inf if nats > 700 else math.exp(nats)  # exp(710) overflows

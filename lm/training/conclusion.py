@@ -19,7 +19,7 @@ from lm.checkpoint import Loaded
 from lm.data.corpus import Corpus
 from lm.data.tokenizer import Tokenizer
 from lm.evaluation import compression
-from lm.evaluation.perplexity import Evaluator, Scores
+from lm.evaluation.perplexity import EachDocument, Evaluator, Scores
 from lm.generation import Sampling
 from lm.manifest import add_metrics, fingerprint, read_manifest, write_atomically
 from lm.nn.language_model import model_specs
@@ -34,10 +34,17 @@ TEMPERATURE = 0.8
 """Of the sample."""
 
 
-def score(run: Loaded, evaluator: Evaluator, mesh: Mesh, progress: Callable[[int, int], None] | None = None) -> Scores:
+def score(
+    run: Loaded,
+    evaluator: Evaluator,
+    mesh: Mesh,
+    progress: Callable[[int, int], None] | None = None,
+    each_document: EachDocument | None = None,
+) -> Scores:
+    """The scores of a model, its parameters laid out on the mesh; the scores say which model it is."""
     params = jax.device_put(run.params, parameter_shardings(mesh, model_specs(run.config.model)))
     described = {"path": str(run.path), "step": run.step, "parameters": run.num_parameters}
-    return dataclasses.replace(evaluator(params, progress), model=described)
+    return dataclasses.replace(evaluator(params, progress, each_document), model=described)
 
 
 def final_evaluation(run: Loaded, start: Start, workdir: Path, say: Callable[[str], None]) -> dict[str, Any]:

@@ -88,3 +88,38 @@ def test_window_and_stride_are_another_protocol(results):
     assert (sliding["protocol"]["window"], sliding["protocol"]["stride"]) == (16, 4)
     assert sliding["tokens"] == plain["tokens"], "every token is scored once, whatever the windows"
     assert abs(sliding["nats_per_token"] / plain["nats_per_token"] - 1) > 1e-4, "the windows were ignored"
+
+
+def test_comparison_documents_and_tokens(results, finished, source, tmp_path):
+    """An earlier checkpoint beside the last one, on a text of several documents, EOS scored too."""
+    names = ("json", "by-document", "tokens")
+    files = {name: tmp_path / name for name in names}
+    earlier = finished.workdir / "checkpoints" / str(commands.steps(finished.workdir)[0])
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number, text in enumerate(["a dog sees the moon; ", "", "nobody 👩‍🚀 hears 猫. " * 5, "x"]):
+        (texts / f"{number}.txt").write_text(text, encoding="utf-8")
+    flags = [part for name in names for part in (f"--{name}", str(files[name]))]
+    done = commands.succeed(
+        ["eval.py", str(finished.workdir), "--data", f"text:{texts}/*.txt", "--score-eos", "True"]
+        + ["--compare", str(earlier), *flags]
+    )
+    result = json.loads(files["json"].read_text(encoding="utf-8"))
+    documents, tokens = (
+        [json.loads(line) for line in files[name].read_text(encoding="utf-8").splitlines()] for name in names[1:]
+    )
+    assert result["protocol"]["eos"] == 257 and result["tokens"] == result["bytes"] + 3
+    assert len(documents) == len(tokens) == result["documents"] == 3
+    assert math.fsum(each["nats"] for each in documents) == result["nats"]
+    for name in ("tokens", "words", "bytes"):
+        assert sum(each[name] for each in documents) == result[name]
+    for document, each in zip(documents, tokens, strict=True):
+        assert document["id"] == each["id"] and document["tokens"] == len(each["nats"])
+        assert sum(each["nats"]) == pytest.approx(document["nats"], rel=1e-6)
+    assert "".join(tokens[1]["pieces"]) == "nobody 👩‍🚀 hears 猫. " * 5
+    first, second = result["comparison"]["models"]
+    (pair,) = result["comparison"]["pairs"]
+    assert first["nats"] == result["nats"] and second["path"] == str(earlier)
+    assert pair["unit"] == "nats per token" and pair["standard_error"] > 0
+    assert pair["difference"] == pytest.approx(second["nats_per_token"] - first["nats_per_token"])
+    assert f"2 - 1\t{pair['difference']:+.6g}" in done.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -14,7 +15,7 @@ from lm.data.sources.document import Document
 from lm.data.tokenizer import ByteTokenizer
 from lm.data.tokens import tokenize
 from lm.evaluation import compression
-from lm.evaluation.perplexity import Evaluator, ratio_standard_error, windows
+from lm.evaluation.perplexity import Evaluator, ratio_standard_error
 from lm.nn import language_model, params
 from lm.parallel import make_mesh
 from tests.data.memory_corpus import corpus_of
@@ -26,6 +27,11 @@ TEXTS = {
     "wide": "žluťoučký kůň 👩‍🚀 pěl",
     "short": "a short line\n",
     "exact": "0123456789abcdef",
+    "one more": "0123456789abcdefg",
+    "window of 8": "01234567",
+    "one more than 8": "012345678",
+    "smile": "😀",
+    "chinese": "猫坐在垫子上。狗也是。",
 }
 
 
@@ -56,54 +62,99 @@ def evaluator(cfg, store, mesh, *, window=16, stride=16, batch_size=3, tokenizer
     return Evaluator(cfg, store, tokenizer, window=window, stride=stride, batch_size=batch_size, mesh=mesh, **more)
 
 
-def one_token_at_a_time(cfg, tree, texts, window, stride, head=(256,), prompts=None):
+@functools.cache
+def forward(cfg):
+    return jax.jit(functools.partial(language_model.apply, cfg=cfg))
+
+
+def one_token_at_a_time(cfg, tree, texts, window, stride, head=(256,), prompts=None, tail=()):
     """The protocol as a sentence: target i is predicted from the inputs of the window that scores it, alone.
 
-    Of each text as many bytes as `prompts` says, the first ones, are context alone.
+    Of each text as many bytes as `prompts` says, the first ones, are context alone. Softmax and sums are NumPy's, in
+    float64. Gives the nats of every scored target, a list a text.
     """
-
-    @jax.jit
-    def log_probabilities(ids_1T):
-        return jax.nn.log_softmax(language_model.apply(tree, ids_1T, cfg=cfg)[0, :, :258])
-
-    nats, count = 0.0, 0
+    width, found = 16 if window <= 16 else 300, []  # causal: what is behind a row's inputs changes nothing
     for text, prompt in zip(texts, prompts or [0] * len(texts), strict=True):
-        ids = [*head, *text.encode()]
+        ids, nats = [*head, *text.encode(), *tail], []
         done = 0
         while done < len(ids) - 1:
             new = min(window if done == 0 else stride, len(ids) - 1 - done)
             last = done + new  # index of the last target
             first = max(0, last - window)
-            row = np.zeros((1, window), np.int32)
+            row = np.zeros((1, width), np.int32)
             row[0, : last - first] = ids[first:last]
-            table = np.asarray(log_probabilities(row), np.float64)
+            logits_TV = np.asarray(forward(cfg)(tree, row)[0, :, :258], np.float64)
             for target in range(max(done + 1, len(head) + prompt), last + 1):
-                nats -= table[target - 1 - first, ids[target]]
-                count += 1
+                logits_V = logits_TV[target - 1 - first]
+                highest = logits_V.max()
+                nats.append(highest + np.log(np.exp(logits_V - highest).sum()) - logits_V[ids[target]])
             done = last
-    return nats, count
+        found.append(nats)
+    return found
 
 
-@pytest.mark.parametrize(("window", "stride"), [(16, 16), (16, 5), (16, 1), (300, 300)])
+def total(nats):
+    return math.fsum(sum(nats, [])), sum(map(len, nats))
+
+
+@pytest.mark.parametrize(("window", "stride"), [(8, 8), (8, 4), (8, 1), (16, 16), (16, 5), (300, 300)])
 def test_equals_a_loop_over_single_tokens(cfg, tree, store, one_device, window, stride):
-    scores = evaluator(cfg, store, one_device, window=window, stride=stride)(tree)
-    nats, count = one_token_at_a_time(cfg, tree, list(TEXTS.values()), window, stride)
-    assert scores.tokens == count == sum(len(text.encode()) for text in TEXTS.values())
+    tokens = {}
+    each = evaluator(cfg, store, one_device, window=window, stride=stride)
+    scores = each(tree, each_document=lambda number, ids, nats: tokens.setdefault(number, (ids, nats)))
+    texts = [text for text in TEXTS.values() if text]
+    expected = one_token_at_a_time(cfg, tree, texts, window, stride)
+    nats, count = total(expected)
+    assert scores.tokens == count == sum(len(text.encode()) for text in texts)
     np.testing.assert_allclose(scores.nats, nats, rtol=1e-6)
-    assert scores.words == sum(len(text.split()) for text in TEXTS.values())
-    assert scores.bytes == sum(len(text.encode()) for text in TEXTS.values())
-    assert scores.documents == len(TEXTS) - 1, "the empty one is left out"
+    for number, (text, wanted) in enumerate(zip(texts, expected, strict=True)):
+        np.testing.assert_array_equal(tokens[number][0], list(text.encode()))
+        np.testing.assert_allclose(tokens[number][1], wanted, rtol=2e-5)
+        np.testing.assert_allclose(scores.per_document.nats_D[number], sum(wanted), rtol=2e-6)
+    assert list(tokens) == sorted(tokens), "documents come in order"
+    assert scores.words == sum(len(text.split()) for text in texts)
+    assert scores.bytes == sum(len(text.encode()) for text in texts)
+    assert scores.documents == len(texts), "the empty one is left out"
     assert scores.perplexity == math.exp(scores.nats / scores.tokens)
     assert scores.bits_per_byte == scores.nats / scores.bytes / math.log(2)
     assert scores.word_perplexity == math.exp(scores.nats / scores.words)
-    assert scores.to_dict()["protocol"]["bos"] == 256
+    assert scores.to_dict()["protocol"]["bos"] == 256 and scores.to_dict()["protocol"]["eos"] is False
+
+
+def test_documents_add_up_to_the_totals(cfg, tree, store, one_device):
+    scores = evaluator(cfg, store, one_device)(tree)
+    records = list(scores.per_document.records())
+    assert [record["id"] for record in records] == [name for name, text in TEXTS.items() if text]
+    assert math.fsum(record["nats"] for record in records) == scores.nats
+    for name in ("tokens", "words", "bytes"):
+        assert sum(record[name] for record in records) == getattr(scores, name)
+
+
+def test_eos_is_scored_where_that_is_asked_for(cfg, tree, store, one_device):
+    scores = evaluator(cfg, store, one_device, score_eos=True)(tree)
+    nats, count = total(one_token_at_a_time(cfg, tree, [t for t in TEXTS.values() if t], 16, 16, tail=(257,)))
+    assert scores.tokens == count == scores.bytes + scores.documents
+    np.testing.assert_allclose(scores.nats, nats, rtol=1e-6)
+    assert scores.protocol["eos"] == 257
+    with pytest.raises(InputError, match="no EOS to score"):
+        evaluator(cfg, store, one_device, tokenizer=Headless(), score_eos=True)
+
+
+def test_weights_that_are_no_numbers_give_null(cfg, tree, store, one_device):
+    broken = jax.tree.map(lambda x: x * np.nan, tree)
+    scores = evaluator(cfg, store, one_device)(broken)
+    result = scores.to_dict()
+    for name in ("nats", "nats_per_token", "perplexity", "word_perplexity", "bits_per_byte", "standard_error"):
+        assert result[name] is None, name
+    assert result["tokens"] == sum(len(text.encode()) for text in TEXTS.values())
+    assert all(record["nats"] is None for record in scores.per_document.records())
 
 
 def test_without_bos_the_first_token_is_not_scored(cfg, tree, one_device):
     headless = Headless()
     store = tokenize(corpus_of(*TEXTS.values()), headless)
     scores = evaluator(cfg, store, one_device, tokenizer=headless)(tree)
-    nats, count = one_token_at_a_time(cfg, tree, list(TEXTS.values()), 16, 16, head=())
+    nats, count = total(one_token_at_a_time(cfg, tree, list(TEXTS.values()), 16, 16, head=()))
     assert scores.tokens == count == sum(max(len(text.encode()) - 1, 0) for text in TEXTS.values())
     np.testing.assert_allclose(scores.nats, nats, rtol=1e-6)
     assert scores.protocol["bos"] is None
@@ -112,12 +163,13 @@ def test_without_bos_the_first_token_is_not_scored(cfg, tree, one_device):
 def test_batch_size_and_devices_change_nothing(cfg, tree, store, one_device):
     """1e-6 in mean nats, float32; eight devices, and rows that share windows in another way."""
     reference = evaluator(cfg, store, one_device, batch_size=1, stride=7)(tree)
-    others = [evaluator(cfg, store, one_device, batch_size=64, stride=7)(tree)]
+    others = [evaluator(cfg, store, one_device, batch_size=size, stride=7)(tree) for size in (3, 8)]
     others += [evaluator(cfg, store, make_mesh(ParallelConfig(fsdp=2)), batch_size=5, stride=7)(tree)]
     for scores in others:
         assert scores.tokens == reference.tokens
         assert abs(scores.nats_per_token - reference.nats_per_token) < 1e-6
         assert abs(scores.standard_error - reference.standard_error) < 1e-6
+        np.testing.assert_allclose(scores.per_document.nats_D, reference.per_document.nats_D, rtol=1e-5)
 
 
 def test_no_document_sees_another(cfg, tree, one_device):
@@ -129,20 +181,6 @@ def test_no_document_sees_another(cfg, tree, one_device):
         return evaluator(cfg, store, one_device, window=200, stride=200)(tree).nats
 
     np.testing.assert_allclose(nats([0, 1]), nats([0]) + nats([1]), rtol=1e-6)
-
-
-@pytest.mark.parametrize("length", [0, 1, 2, 5, 16, 17, 18, 40, 41, 100])
-@pytest.mark.parametrize("stride", [1, 3, 16])
-def test_windows_are_the_rolling_windows_of_the_harness(length, stride):
-    """Each target once, in order; never more than 16 inputs; at least 16 - stride + 1 ids before it where there are."""
-    found = list(windows(length, window=16, stride=stride))
-    scored = [i for w in found for i in range(w.end - w.scored + 1, w.end + 1)]
-    assert scored == list(range(1, length))
-    for number, w in enumerate(found):
-        assert 0 <= w.begin < w.end <= w.begin + 16
-        assert number == 0 or w.end - w.begin == 16
-        for target in range(w.end - w.scored + 1, w.end + 1):
-            assert target - w.begin >= min(16 - stride + 1, target)
 
 
 def test_standard_error_is_the_ratio_estimator():
@@ -198,17 +236,17 @@ def test_prompts_are_context_alone(cfg, tree, one_device, kind, window, stride):
     evaluators = [evaluator(cfg, store, one_device, score_prompts=scored, **how) for scored in (False, True)]
     for each, skipped, words, size in zip(evaluators, (prompts, None), (5, 27), (28, 138), strict=True):
         scores = each(tree)
-        nats, count = one_token_at_a_time(cfg, tree, texts, window, stride, head, skipped)
+        nats, count = total(one_token_at_a_time(cfg, tree, texts, window, stride, head, skipped))
         assert each.tokens == scores.tokens == count
         np.testing.assert_allclose(scores.nats, nats, rtol=1e-6)
         assert (scores.words, scores.bytes) == (words, size)
     assert [each.protocol["prompts"] for each in evaluators] == ["context", "scored"]
 
 
-def test_nothing_to_score_is_said(cfg, tree, one_device):
+def test_nothing_to_score_is_said_before_anything_is(cfg, one_device):
     store = tokenize(corpus_of("x"), Headless())
-    with pytest.raises(InputError, match="nothing to score"):
-        evaluator(cfg, store, one_device, tokenizer=Headless())(tree)
+    with pytest.raises(InputError, match="nothing to score in memory"):
+        evaluator(cfg, store, one_device, tokenizer=Headless())
 
 
 def test_compressors():

@@ -1,0 +1,99 @@
+"""The compiled part of an evaluation: packed windows in, the nats of their scored targets out.
+
+Shapes: R rows, W positions in a row, S a slice of a row's scored targets, D model width, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from lm.config import ModelConfig
+from lm.data.pipeline import Batch
+from lm.evaluation.windows import Packed, Piece
+from lm.nn import language_model
+from lm.nn.head import token_nll
+from lm.parallel import batch_shards, constrainer, own_rows, put_rows, replicated
+
+LOGITS = 2**22
+"""Logits that a device holds at once, in float32: 16 MB stay in or near its caches."""
+TARGETS = 256
+"""Targets a device computes at once at the least, so that their product with the head is a big one."""
+CPU_TOKENS = 512
+"""Tokens that a CPU takes at once: a batch whose activations leave its caches takes two to four times as long."""
+
+
+def score(
+    params: Any, packed: Iterable[Packed], *, cfg: ModelConfig, mesh: Mesh, greedy: bool = False
+) -> Iterator[tuple[list[Piece], tuple[np.ndarray, ...]]]:
+    """Of each batch its pieces, and nats_RW, float32; with `greedy` also best_RW: whether a target is the likeliest id.
+
+    Row and begin of a piece say where its numbers stand. A batch is fetched only once the next is under way.
+    """
+    waiting: tuple[list[Piece], Any] | None = None
+    for each in packed:
+        R, W = each.columns_RW.shape
+        size = slice_size(R // batch_shards(mesh), W, cfg.padded_vocabulary)
+        mine = own_rows(mesh, R)
+        batch, columns_RW = put_rows(mesh, jax.tree.map(lambda x, mine=mine: x[mine], (each.batch, each.columns_RW)))
+        slices = np.int32(-(-each.scored // size))
+        result = _compiled(cfg, mesh, size, greedy)(params, batch, columns_RW, slices)
+        assert result[0].shape[0] == R, "a process gave other rows than its own"
+        if waiting is not None:
+            yield waiting[0], tuple(map(np.asarray, waiting[1]))
+        waiting = each.pieces, result
+    if waiting is not None:
+        yield waiting[0], tuple(map(np.asarray, waiting[1]))
+
+
+def rows_at_once(batch_size: int, length: int, mesh: Mesh) -> int:
+    """Rows of a batch: `batch_size`, on CPUs fewer where rows are long, up to a multiple of the devices."""
+    shards = batch_shards(mesh)
+    if mesh.devices.flat[0].platform == "cpu":
+        batch_size = min(batch_size, max(CPU_TOKENS // length, 1) * shards)
+    return -(-batch_size // shards) * shards
+
+
+def slice_size(rows: int, length: int, vocabulary_rows: int) -> int:
+    """Scored targets of each of a device's rows whose logits are computed at once."""
+    return min(max(max(LOGITS // vocabulary_rows, TARGETS) // rows, 1), length)
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(cfg: ModelConfig, mesh: Mesh, size: int, greedy: bool) -> Callable[..., tuple[jax.Array, ...]]:
+    """Forward pass, then the head on the scored targets alone, `size` of each row at a time.
+
+    Head and logsumexp are a third of the work of a GPT-2: in the sliding form most positions are context alone.
+    """
+    constrain = constrainer(mesh)
+
+    def nats(params: Any, batch: Batch, columns_RW: jax.Array, slices: jax.Array) -> tuple[jax.Array, ...]:
+        tokens, targets_RW, _, segments, positions = batch
+        x_RWD = language_model.forward(
+            params, tokens, segments, positions, cfg=cfg, dropout_keys_B=None, constrain=constrain
+        )
+        R, W = columns_RW.shape
+        padded = -(-W // size) * size
+        columns_RW = jnp.pad(columns_RW, ((0, 0), (0, padded - W)))
+
+        def one(index: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            columns_RS = jax.lax.dynamic_slice_in_dim(columns_RW, index * size, size, axis=1)
+            x_RSD = jnp.take_along_axis(x_RWD, columns_RS[:, :, None], axis=1)
+            targets_RS = jnp.take_along_axis(targets_RW, columns_RS, axis=1)
+            logits_RSV = language_model.logits(params, x_RSD, cfg=cfg, constrain=constrain)
+            values: tuple[jax.Array, ...] = (token_nll(logits_RSV, targets_RS),)
+            if greedy:
+                values += (jnp.argmax(logits_RSV, axis=-1) == targets_RS,)
+            update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=index * size, axis=1)
+            return tuple(update(into, value) for into, value in zip(found, values, strict=True))
+
+        empty = [jnp.zeros((R, padded), dtype) for dtype in (jnp.float32, jnp.bool_)[: 1 + greedy]]
+        return jax.lax.fori_loop(0, slices, one, tuple(empty))
+
+    return jax.jit(nats, out_shardings=replicated(mesh))  # every process gets every row

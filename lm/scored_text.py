@@ -1,0 +1,82 @@
+"""The text that a model is scored on: a source that the user names, or one that its run was validated on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from lm.checkpoint import Loaded
+from lm.config import EvaluationConfig, InputError
+from lm.data.corpus import Corpus, open_corpus
+from lm.data.sources.source import parse_named
+from lm.data.sources.token_files import TokenFiles
+from lm.data.tokenizer import Tokenizer
+from lm.evaluation.perplexity import check_eos, check_window
+from lm.manifest import MANIFEST, read_manifest
+from lm.training.texts import Progress, store_of, validation_key, validation_of
+
+
+class ScoredText(NamedTuple):
+    """A text, opened, and whether its prompts are scored too: then it can be given to several models."""
+
+    text: Corpus | TokenFiles
+    score_prompts: bool
+
+
+def open_text(run: Loaded, data: str | None, progress: Progress | None = None) -> ScoredText:
+    """The text of a source, or of one of the run's validation texts by name; None: the first of these.
+
+    Raises InputError where the run's text is another by now, and where there is none.
+    """
+    config = run.config
+    given = config.data.validation
+    written = [given] if isinstance(given, str) else given or ()
+    if data is not None and data not in {parse_named(source)[0] for source in written} - {""}:
+        separators = (config.data.document_separator, config.data.pair_separator)
+        text = open_corpus(data, document_separator=separators[0], pair_separator=separators[1])
+        return ScoredText(text, config.data.prompt_loss)
+    if not (run.path / MANIFEST).is_file():
+        raise InputError(f"{run.path} is not a run, so it has no validation text of its own: name a text with --data")
+    texts = validation_of(config)
+    name = data or next(iter(texts))
+    now = store_of(texts[name], tokenizer_of(run), config, progress).corpus_sha256
+    then = read_manifest(run.path).provenance.get(validation_key(name))
+    if now != then:
+        raise InputError(
+            f"the validation text of {run.path} is not what it was when the run was trained (sha256 {now[:12]} now, "
+            f"{str(then)[:12]} then): name a text with --data"
+        )
+    return ScoredText(texts[name], config.data.prompt_loss)
+
+
+def window_and_stride(run: Loaded, window: int | None, stride: int | None) -> tuple[int, int]:
+    """Those that are given, else those of the run's config; its stride fits only its own window. Checked."""
+    given = run.config.evaluation if window is None else EvaluationConfig(window=window)
+    window = run.config.data.context if given.window is None else given.window
+    stride = stride if stride is not None else window if given.stride is None else given.stride
+    check_window(run.config.model, window, stride)
+    return window, stride
+
+
+def check_together(
+    runs: Sequence[Loaded], text: ScoredText | None, *, window: int | None, stride: int | None, score_eos: bool
+) -> None:
+    """Raises InputError, before any of them is scored, where one of the models can't be on this text in this way."""
+    for run in runs:
+        window_and_stride(run, window, stride)
+        check_eos(tokenizer_of(run), score_eos)
+    others = [run.path for run in runs if tokenizer_of(run).sha256 != tokenizer_of(runs[0]).sha256]
+    if text is not None and isinstance(text.text, TokenFiles) and others:
+        raise InputError(
+            f"{text.text.source} holds the ids of one tokenizer, and {others[0]} has another than {runs[0].path}: "
+            "compare them on text"
+        )
+
+
+def tokenizer_of(run: Loaded) -> Tokenizer:
+    """The model's tokenizer. Raises InputError where it has none."""
+    if run.tokenizer is None:
+        raise InputError(
+            f"{run.path} has no tokenizer, so text can't be read or written: put its tokenizer.json or .model there"
+        )
+    return run.tokenizer

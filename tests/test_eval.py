@@ -1,0 +1,80 @@
+"""eval.py's own part: what it refuses before any work, and what it says of a model that has diverged."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lm import api
+from lm.checkpoint import Loaded
+from lm.config import InputError, ModelConfig, RunConfig
+from lm.data.tokenizer import ByteTokenizer
+from lm.nn import language_model, params
+
+
+@pytest.fixture(scope="module")
+def command():
+    spec = importlib.util.spec_from_file_location("eval_command", Path(__file__).parents[1] / "eval.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.evaluate
+
+
+@pytest.fixture
+def model(monkeypatch, tmp_path):
+    """What api.load gives: a model with learned positions and without a run's manifest."""
+    config = RunConfig(model=ModelConfig(num_layers=1, d_model=16, num_heads=2, max_positions=32)).resolve(258)
+    tree = params.initialize(language_model.model_specs(config.model), jax.random.key(0))
+    loaded = Loaded(config, tree, ByteTokenizer(), None, tmp_path)
+    monkeypatch.setattr(api, "load", lambda path, **_: loaded)
+    (tmp_path / "a.txt").write_text("some text", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("more text", encoding="utf-8")
+    return loaded
+
+
+def test_refused_before_a_model_is_opened(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(api, "load", lambda *_, **__: pytest.fail("opened a model"))
+    for flag in ("--json", "--by-document", "--tokens"):
+        with pytest.raises(InputError, match=f"{flag} .*in a folder that is there"):
+            command(["x", flag, str(tmp_path / "missing" / "file")])
+    with pytest.raises(InputError, match="--json and --tokens name one file"):
+        command(["x", "--json", str(tmp_path / "f"), "--tokens", str(tmp_path / "f")])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "is not a run, so it has no validation text of its own: name a text with --data"),
+        (["--window", "33"], "33 is more than the model's 32 learned positions"),
+        (["--window", "8", "--stride", "9"], "stride 9 and window 8"),
+        (["--window", "8", "--batch-size", "0"], "batch_size is 0"),
+    ],
+)
+def test_refused_before_anything_is_scored(command, model, arguments, message):
+    data = ["--data", f"text:{model.path}/*.txt"] if "--window" in arguments else ["--window", "16"]
+    with pytest.raises(InputError, match=message):
+        command([str(model.path), *data, *arguments])
+
+
+def test_a_harness_that_is_not_there(command, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install"):
+        command(["x", "--harness", "piqa"])
+
+
+def test_a_diverged_model_is_null_and_said_once(command, model, monkeypatch, tmp_path, capsys):
+    broken = Loaded(model.config, jax.tree.map(lambda x: x * np.nan, model.params), model.tokenizer, None, tmp_path)
+    monkeypatch.setattr(api, "load", lambda path, **_: broken)
+    target = tmp_path / "result.json"
+    command([str(tmp_path), "--data", f"text:{tmp_path}/*.txt", "--window", "16", "--json", str(target)])
+    result = json.loads(target.read_text(encoding="utf-8"))
+    assert result["nats"] is result["perplexity"] is result["bits_per_byte"] is result["standard_error"] is None
+    assert result["tokens"] == 18
+    said = capsys.readouterr()
+    assert said.err.count("warning:") == 1 and "in 2 of 2 documents" in said.err
+    assert "perplexity: -" in said.out
