@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lm import cli
+from lm import cli, output
 from lm.config import InputError
 from lm.observe.bar import Bar
 
@@ -61,27 +61,32 @@ class Arguments:
 def evaluate(argv: Sequence[str]) -> None:
     arguments = cli.parse(Arguments, argv, prog="eval.py")
     files = _files(arguments)
-    if arguments.harness is not None:
-        _check_harness(arguments)
+    _check_harness(arguments)
     from lm import api  # here, so that Ctrl-C ends the command cleanly while JAX is loading
 
     run = api.load(arguments.model, step=arguments.step, dtype=arguments.compute_dtype)
     result: dict[str, Any] = {}
     if arguments.harness is None or arguments.data is not None:
         result = _score(run, arguments, files)
+        _write(result, files)  # before a harness may fail
     if arguments.harness is not None:
         result.setdefault("model", {"path": str(run.path), "step": run.step, "parameters": run.num_parameters})
         result["harness"] = _run_harness(run, arguments)
+    _write(result, files)
+
+
+def _write(result: dict[str, Any], files: dict[str, Path]) -> None:
     if "json" in files:
-        files["json"].write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        with output.whole_file(files["json"]) as file:
+            file.write(json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
 def _files(arguments: Arguments) -> dict[str, Path]:
     """The files to write, checked."""
     given = {name: getattr(arguments, name) for name in ("json", "by_document", "tokens")}
     flags = {name: f"--{name.replace('_', '-')}" for name in given}
-    files = {name: cli.writable_file(flags[name], path) for name, path in given.items() if path is not None}
-    if len({path.absolute() for path in files.values()}) < len(files):
+    files = {name: output.writable_file(flags[name], path) for name, path in given.items() if path is not None}
+    if len({path.resolve() for path in files.values()}) < len(files):
         raise InputError(f"{' and '.join(flags[name] for name in files)} name one file: give each its own")
     return files
 
@@ -99,7 +104,7 @@ def _score(run: "Loaded", arguments: Arguments, files: dict[str, Path]) -> dict[
         scored_text.check_together([run, *others], text, **how)
         tokens: TextIO | None = None
         if "tokens" in files:
-            tokens = opened.enter_context(files["tokens"].open("w", encoding="utf-8"))
+            tokens = opened.enter_context(output.whole_file(files["tokens"]))
         how |= {"batch_size": arguments.batch_size, "progress": bar}
         scores = [api.evaluate(run, text, tokens=tokens, **how)]
         scores += [api.evaluate(other, text, **how) for other in others]
@@ -107,7 +112,7 @@ def _score(run: "Loaded", arguments: Arguments, files: dict[str, Path]) -> dict[
         _warn(each)
     if "by_document" in files:
         assert scores[0].per_document is not None
-        with files["by_document"].open("w", encoding="utf-8") as file:
+        with output.whole_file(files["by_document"]) as file:
             file.writelines(
                 json.dumps(record, ensure_ascii=False) + "\n" for record in scores[0].per_document.records()
             )
@@ -189,6 +194,14 @@ def _number(value: float | None, form: str = ".6g") -> str:
 
 
 def _check_harness(arguments: Arguments) -> None:
+    if arguments.harness is None:
+        if arguments.harness_include is not None:
+            raise InputError("--harness-include is of no use without --harness: name tasks, or leave it out")
+        return
+    of_a_text = ("compare", "by_document", "tokens", "score_eos")
+    if arguments.data is None and (given := [name for name in of_a_text if getattr(arguments, name)]):
+        flag = f"--{given[0].replace('_', '-')}"
+        raise InputError(f"{flag} is about a text, and with --harness none is scored without --data: name one")
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError("--harness needs lm-evaluation-harness: pip install lm-eval")
     if arguments.harness_include is not None and not Path(arguments.harness_include).is_dir():

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from lm import cli
+from lm import cli, output
 from lm.config import DataConfig, InputError, RunConfig, TokenizerConfig, nearest
 from lm.observe.bar import Bar
 from lm.validation import validate
@@ -115,7 +115,7 @@ def train_tokenizer(argv: Sequence[str]) -> None:
     arguments = cli.parse(TrainTokenizer, argv, prog="python -m lm tokenizer train")
     if not arguments.sources:
         raise InputError("no source of text to train on: name one or more, as in data.train")
-    output = cli.writable_file("--output", arguments.output)
+    target = output.writable_file("--output", arguments.output)
     from lm.data import tokenizer
     from lm.data.corpus import open_corpus
 
@@ -129,7 +129,7 @@ def train_tokenizer(argv: Sequence[str]) -> None:
             special_tokens=arguments.special_tokens,
             progress=functools.partial(bar, "training the tokenizer"),
         )
-    saved = trained.save(output)
+    saved = trained.save(target)
     print(f"saved      {saved}: {trained.vocab_size:,} tokens, BOS {trained.bos}, EOS {trained.eos}")
     place = shlex.quote(str(saved))
     print(f"next       python train.py --tokenizer.kind file --tokenizer.path {place} --data.train SOURCE")
@@ -148,12 +148,14 @@ class Import:
 def import_model(argv: Sequence[str]) -> None:
     """Writes the run and says what is in it."""
     arguments = cli.parse(Import, argv, prog="python -m lm import")
+    target = output.new_folder("RUN", arguments.run)
     from lm import checkpoint
     from lm.interop import huggingface
 
     run = huggingface.load(arguments.folder)
-    saved = checkpoint.write(run, arguments.run, provenance={"imported_from": str(run.path.absolute())})
-    print(f"saved      {saved}: {run.num_parameters:,} parameters")
+    with output.whole_folder(target) as scratch:
+        saved = checkpoint.write(run, scratch, provenance={"imported_from": str(run.path.absolute())})
+    print(f"saved      {target / saved.relative_to(scratch)}: {run.num_parameters:,} parameters")
     print(f"next       python eval.py {shlex.quote(arguments.run)} --data SOURCE")
 
 
@@ -178,16 +180,15 @@ class Export:
 def export_model(argv: Sequence[str]) -> None:
     """Writes the folder and says which files."""
     arguments = cli.parse(Export, argv, prog="python -m lm export")
+    target = output.new_folder("DIR", arguments.folder)
     from lm import api
     from lm.interop import huggingface
 
-    files = huggingface.save(
-        api.load(arguments.model, step=arguments.step),
-        arguments.folder,
-        family=arguments.family,
-        dtype=arguments.dtype,
-        max_shard_bytes=arguments.max_shard_bytes,
-    )
+    run = api.load(arguments.model, step=arguments.step)
+    with output.whole_folder(target) as scratch:
+        files = huggingface.save(
+            run, scratch, family=arguments.family, dtype=arguments.dtype, max_shard_bytes=arguments.max_shard_bytes
+        )
     print(f"saved      {arguments.folder}: {', '.join(path.name for path in files)}")
 
 
@@ -210,7 +211,9 @@ def main(argv: Sequence[str]) -> None:
         name = " ".join(argv[:words])
         if name in COMMANDS:
             return COMMANDS[name](argv[words:])
-    raise InputError(f"no command {' '.join(argv[:2])!r}{nearest(' '.join(argv[:2]), COMMANDS)}\n{usage}")
+    known = [name for name in COMMANDS if name.split()[0] == argv[0]]  # of two words, the second is wrong
+    given = " ".join(argv[:2]) if known else argv[0]
+    raise InputError(f"no command {given!r}{nearest(given, known or COMMANDS)}\n{usage}")
 
 
 if __name__ == "__main__":

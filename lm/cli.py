@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -19,6 +20,7 @@ Arguments = TypeVar("Arguments")
 
 def main(command: Callable[[Sequence[str]], Any]) -> None:
     """Runs a command on the process's arguments. The user's mistakes end in one message and exit status 2."""
+    warnings.showwarning = _warn  # type: ignore[assignment]
     try:
         command(sys.argv[1:])
     except InputError as error:
@@ -37,6 +39,11 @@ def main(command: Callable[[Sequence[str]], Any]) -> None:
         os._exit(130)  # at once: XLA's threads may be at work, and crash while the interpreter is taken down
 
 
+def _warn(message: Warning | str, category: type[Warning], *_: object) -> None:
+    """A warning as a line, without the place in the code: it is for the user."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def _reader_gone() -> None:
     """Ends the command where nobody reads its output any more: there is nobody to tell."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -49,14 +56,6 @@ def parse(kind: type[Arguments], arguments: Sequence[str], *, prog: str, default
     if default is None:
         return tyro.cli(kind, args=list(arguments), prog=prog, config=config)
     return tyro.cli(kind, args=list(arguments), prog=prog, config=config, default=default)
-
-
-def writable_file(flag: str, path: str) -> Path:
-    """The path of a file to write. Raises InputError, before any work is done, where it can't be."""
-    target = Path(path)
-    if target.is_dir() or not os.access(target.absolute().parent, os.W_OK):
-        raise InputError(f"{flag} {target}: name a file, in a folder that is there and can be written to")
-    return target
 
 
 @dataclasses.dataclass(frozen=True)

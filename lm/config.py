@@ -331,7 +331,7 @@ class RunConfig:
         A model may have more tokens than its tokenizer, as many published ones do; not fewer.
         """
         rows, tokens = self.model.max_positions or self.data.context, self.model.vocab_size or vocab_size
-        if tokens < vocab_size:
+        if tokens < vocab_size and self.init_from is None:  # a published tokenizer may name tokens without a row
             raise InputError(
                 f"model.vocab_size is {tokens} but the tokenizer has {vocab_size} tokens: "
                 "leave model.vocab_size at None, or use the tokenizer it was set for"

@@ -81,7 +81,8 @@ def locate(path: str | Path, step: str | int = "latest") -> Path:
     present = steps(path)
     if not present:
         raise InputError(
-            f"{path} is not a run: {_what_is_there(path)}. Give a directory that train.py wrote (--workdir)"
+            f"{path} is not a run: {_what_is_there(path)}. Give a run directory (train.py's --workdir) or "
+            "a Hugging Face folder"
         )
     if step == "latest":
         return step_path(path, present[-1])

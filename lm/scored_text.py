@@ -35,18 +35,19 @@ def open_text(run: Loaded, data: str | None, progress: Progress | None = None) -
         separators = (config.data.document_separator, config.data.pair_separator)
         text = open_corpus(data, document_separator=separators[0], pair_separator=separators[1])
         return ScoredText(text, config.data.prompt_loss)
-    if not (run.path / MANIFEST).is_file():
-        raise InputError(f"{run.path} is not a run, so it has no validation text of its own: name a text with --data")
-    texts = validation_of(config)
-    name = data or next(iter(texts))
-    now = store_of(texts[name], tokenizer_of(run), config, progress).corpus_sha256
-    then = read_manifest(run.path).provenance.get(validation_key(name))
+    provenance = read_manifest(run.path).provenance if (run.path / MANIFEST).is_file() else {}
+    name = data or (parse_named(written[0])[0] if written else "")
+    then = provenance.get(validation_key(name))
+    if then is None:
+        raise InputError(f"{run.path} was not trained here, so it has no validation text: name a text with --data")
+    text = validation_of(config)[name]
+    now = store_of(text, tokenizer_of(run), config, progress).corpus_sha256
     if now != then:
         raise InputError(
             f"the validation text of {run.path} is not what it was when the run was trained (sha256 {now[:12]} now, "
-            f"{str(then)[:12]} then): name a text with --data"
+            f"{then[:12]} then): name a text with --data"
         )
-    return ScoredText(texts[name], config.data.prompt_loss)
+    return ScoredText(text, config.data.prompt_loss)
 
 
 def window_and_stride(run: Loaded, window: int | None, stride: int | None) -> tuple[int, int]:

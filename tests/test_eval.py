@@ -49,7 +49,7 @@ def test_refused_before_a_model_is_opened(command, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "is not a run, so it has no validation text of its own: name a text with --data"),
+        ([], "was not trained here, so it has no validation text: name a text with --data"),
         (["--window", "33"], "33 is more than the model's 32 learned positions"),
         (["--window", "8", "--stride", "9"], "stride 9 and window 8"),
         (["--window", "8", "--batch-size", "0"], "batch_size is 0"),

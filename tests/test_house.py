@@ -17,7 +17,7 @@ ROOMS = (
     {"evaluation"},
     {"training"},
     {"interop", "observe"},
-    {"api", "cli", "scored_text"},
+    {"api", "output", "cli", "scored_text"},
     {"__main__"},
 )
 FILES = sorted(path for path in (ROOT / "lm").rglob("*.py") if path != ROOT / "lm" / "__init__.py")

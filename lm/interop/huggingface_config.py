@@ -22,6 +22,10 @@ _TRAINING_ALONE |= {"vocab_multiple"}
 """Fields of ModelConfig that say nothing of the function that the parameters make."""
 
 
+MOST_LAYERS = 10_000
+"""More are a broken file: lists of them would be made before anything else is checked."""
+
+
 def read(values: Mapping[str, Any], where: Path | str) -> tuple[Family, ModelConfig]:
     """The family and the model of a config.json. The vocabulary isn't padded, and it computes in float32.
 
@@ -41,7 +45,13 @@ def read(values: Mapping[str, Any], where: Path | str) -> tuple[Family, ModelCon
         )
     family = FAMILIES[kind]
     fields = Fields(values, family.defaults, where)
-    cfg = family.read(fields)
+    for name in ("num_hidden_layers", "n_layer"):
+        if name in values and not (type(values[name]) is int and 1 <= values[name] <= MOST_LAYERS):
+            raise InputError(f"{where}: {name} is {values[name]!r}, not a number of layers (1 to {MOST_LAYERS})")
+    try:
+        cfg = family.read(fields)
+    except (TypeError, AttributeError, ZeroDivisionError, OverflowError, StopIteration) as error:
+        raise InputError(f"{where} holds a value that no model can have: {error or 'no layers'}") from error
     fields.check_rest(family.harmless)
     return family, cfg
 

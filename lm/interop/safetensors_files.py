@@ -83,9 +83,16 @@ def open_file(path: Path) -> dict[str, Tensor]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
+            begin = file.read(8)
+            if begin == b"version ":
+                raise InputError(f"{path} is a Git LFS pointer, not the weights: fetch them with git lfs pull")
+            if len(begin) < 8:
+                raise InputError(f"{path} is no whole safetensors file: {size} bytes. Fetch it again")
+            (length,) = struct.unpack("<Q", begin)
             if length > min(size - 8, _LONGEST_HEADER):
-                raise InputError(f"{path} is no whole safetensors file: {size} bytes, its header alone has {length}")
+                raise InputError(
+                    f"{path} is no whole safetensors file: {size} bytes, its header alone has {length}. Fetch it again"
+                )
             header = json.loads(file.read(length))
     except OSError as error:
         raise InputError(f"{path} can't be read: {error.strerror}") from error
@@ -161,8 +168,13 @@ def write_file(
     with temporary.open("wb") as file:
         file.write(struct.pack("<Q", len(content)) + content)
         for name, shape in tensors.items():
-            array = np.asarray(read(name), _DTYPES[code], order="C")
+            given = read(name)
+            with np.errstate(over="ignore"):
+                array = np.asarray(given, _DTYPES[code], order="C")
             assert array.shape == tuple(shape), (name, array.shape, shape)
+            if dtype == "float16" and not np.isfinite(array).all():
+                largest = float(np.abs(given).max())
+                raise InputError(f"{name} reaches {largest:.3g}, more than float16 holds: use bfloat16 or float32")
             file.write(array.reshape(-1).view(np.uint8).data)
             del array  # before the next one is made
         file.flush()
@@ -185,10 +197,10 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         entries = [(str(name), Path(file)) for name, file in listed.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is no index of shards ({type(error).__name__}: {error}). Fetch it again") from error
     for name, file in entries:
-        if file.name != str(file):
+        if file.name != str(file) or len(file.name) > 255:
             raise InputError(f"{path}: {name} is said to be in {file}: shards lie beside their index")
     return {name: str(file) for name, file in entries}
 
@@ -201,7 +213,7 @@ def _described(path: Path, name: str, entry: Any, data: int) -> Tensor:
         sound = False
     if not sound:
         raise InputError(f"{path}: the header's entry of {name} is broken: {entry!r}")
-    if dtype not in _BYTES:
+    if not isinstance(dtype, str) or dtype not in _BYTES:
         raise InputError(f"{path}: {name} is of dtype {dtype!r}: weights must be {', '.join(FLOATS)}")
     if end - begin != math.prod(shape) * _BYTES[dtype]:
         raise InputError(

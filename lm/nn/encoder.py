@@ -98,12 +98,13 @@ def encode(
             carry = run_layer(carry, _at(group, place), kind)
         return carry, None
 
-    carry = (x_BTD, cache)
+    carry, every = (x_BTD, cache), (layers, jnp.arange(L))
     scanned = L - L % P if cfg.scan_layers else 0
-    if scanned:
-        groups = jax.tree.map(
-            lambda stacked: stacked[:scanned].reshape(-1, P, *stacked.shape[1:]), (layers, jnp.arange(L))
-        )
+    if scanned and P == 1:  # as it lies: groups of one would be copied
+        carry, _ = jax.lax.scan(lambda carry, layer: (run_layer(carry, layer, pattern[0]), None), carry, every)
+    elif scanned:
+        whole = every if scanned == L else jax.tree.map(lambda stacked: stacked[:scanned], every)
+        groups = jax.tree.map(lambda stacked: stacked.reshape(-1, P, *stacked.shape[1:]), whole)
         carry, _ = jax.lax.scan(run_pattern, carry, groups)
     for index in range(scanned, L):
         carry = run_layer(carry, (_at(layers, index), index), pattern[index % P])

@@ -108,7 +108,7 @@ def _initial_state(start: Start, optimizer: optax.GradientTransformation, mesh: 
     """The state to begin with, and the seconds of training behind it."""
     if start.resume_from is None:
         if start.initial is not None:
-            return state_of(start.initial.params, start.config, optimizer, mesh), 0.0
+            return state_of(start.initial.take(), start.config, optimizer, mesh), 0.0
         return create_state(start.config, optimizer, mesh), 0.0
     target = abstract_state(start.config, optimizer, mesh)
     rest = {"step": target.step, "seconds": jax.ShapeDtypeStruct((), np.float64)}

@@ -10,10 +10,11 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from lm import checkpoint
 from lm.checkpoint import Loaded
-from lm.config import InputError, ModelConfig, RunConfig, differences, forbidden_on_resume
+from lm.config import InputError, ModelConfig, RunConfig, check_types, differences, forbidden_on_resume
 from lm.data.pipeline import Pipeline
 from lm.data.tokenizer import Tokenizer
 from lm.generation import prompt_ids, room
@@ -37,12 +38,22 @@ from lm.training.texts import (
 from lm.validation import validate
 
 
+class Weights:
+    """Parameters, to be taken once: kept for longer they would be a second model in memory."""
+
+    def __init__(self, params: Any):
+        self._params = [params]
+
+    def take(self) -> Any:
+        return self._params.pop()
+
+
 @dataclasses.dataclass(frozen=True)
 class Start:
     """All that a run starts from.
 
     `validation` holds each text by its name, "" for one without; the first says which checkpoint is best. `resume_from`
-    is the checkpoint that the run continues, None for a new one; `initial` the model that a new one goes on from.
+    is the checkpoint that the run continues, None for a new one; `initial` are the weights that a new one begins with.
     """
 
     config: RunConfig
@@ -52,7 +63,7 @@ class Start:
     validation: Mapping[str, Validation]
     provenance: Mapping[str, str]
     resume_from: Path | None
-    initial: Loaded | None
+    initial: Weights | None
 
     @property
     def step(self) -> int:
@@ -73,14 +84,16 @@ def prepare(
     Args:
         load: opens the model that a config goes on from.
     """
+    check_types(config)
+    config, initial = _gone_on_from(config, workdir, load)
     validate(config)
     _check_extras(config)
     mesh = make_mesh(config.parallel)
     check_batch(config.training.batch_size, config.training.gradient_accumulation, mesh)
-    config, initial = _gone_on_from(config, workdir, load)
     resume_from = _checkpoint_to_continue(config, workdir, say)
     splits = splits_of(config)
-    tokenizer = tokenizer_of(config, splits, resume_from, progress)
+    tokenizer = initial.tokenizer if initial is not None else tokenizer_of(config, splits, resume_from, progress)
+    assert tokenizer is not None
     config = config.resolve(tokenizer.vocab_size)
     parameter_shardings(mesh, model_specs(config.model))  # raises where an axis of the mesh doesn't divide the model
     _check_sample(config, tokenizer)
@@ -105,7 +118,8 @@ def prepare(
     say_texts(say, pipeline, splits, stores, validation, budget)
     if initial is not None:
         say(f"weights    from {initial.path}: {initial.num_parameters:,} parameters")
-    return Start(config, tokenizer, pipeline, budget, validation, provenance, resume_from, initial)
+    weights = None if initial is None else Weights(initial.params)
+    return Start(config, tokenizer, pipeline, budget, validation, provenance, resume_from, weights)
 
 
 def _gone_on_from(config: RunConfig, workdir: Path, load: Callable[[str], Loaded]) -> tuple[RunConfig, Loaded | None]:
@@ -120,7 +134,7 @@ def _gone_on_from(config: RunConfig, workdir: Path, load: Callable[[str], Loaded
     initial = load(config.init_from)
     if initial.tokenizer is None:
         raise InputError(f"--init-from {config.init_from} has no tokenizer: put its tokenizer.json or .model there")
-    return validate(config.going_on_from(initial.config.model)), initial
+    return config.going_on_from(initial.config.model), initial
 
 
 def _checkpoint_to_continue(config: RunConfig, workdir: Path, say: Say) -> Path | None:

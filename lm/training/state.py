@@ -63,7 +63,9 @@ def state_of(params: Any, cfg: RunConfig, optimizer: optax.GradientTransformatio
     placed = jax.tree.map(lambda x, like: jax.device_put(x.astype(like.dtype), like.sharding), params, abstract.params)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     start = jax.jit(
-        lambda given: TrainState(jnp.zeros((), jnp.int32), given, optimizer.init(given)), out_shardings=shardings
+        lambda given: TrainState(jnp.zeros((), jnp.int32), given, optimizer.init(given)),
+        out_shardings=shardings,
+        donate_argnums=0,
     )
     return start(placed)
 

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 import lm
+import train
 from lm import __main__ as commands
+from lm import checkpoint
 from lm.config import InputError, RunConfig
 from lm.data.tokenizer import ByteTokenizer
 from lm.interop import huggingface
@@ -221,7 +223,7 @@ def test_the_commands(folder, tmp_path, capsys):
     assert (run.step, run.tokenizer.bos, run.tokenizer.eos) == (0, 256, 257)
     assert run.config == theirs.config
     assert "checkpoints/0" in capsys.readouterr().out
-    with pytest.raises(InputError, match="not an empty folder"):
+    with pytest.raises(InputError, match="is not empty"):
         commands.main(["import", str(folder.path), str(tmp_path / "run")])
     (tmp_path / "text.txt").write_text("Some text to score. " * 20)
     source = f"text:{tmp_path}/text.txt"
@@ -267,3 +269,44 @@ def test_a_trained_model_scores_as_transformers_says():
     nll_BT = np.stack([nll(run.params, row_T) for row_T in row_BT]).astype(np.float64)
     assert weight_BT.sum() == len(ids) == 29_767
     assert (nll_BT * weight_BT).sum() / len(ids) == pytest.approx(1.751215, abs=1e-5)
+
+
+def test_an_import_that_is_interrupted_leaves_nothing(folder, tmp_path, monkeypatch):
+    bytes_tokenizer(folder)
+    command = ["import", str(folder.path), str(tmp_path / "there" / "run")]
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint.CheckpointWriter, "save", interrupted)
+        commands.main(command)
+    assert not [*(tmp_path / "there").iterdir()]
+    commands.main(command)
+    assert lm.load(tmp_path / "there" / "run").num_parameters > 0
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file is no folder that can be written to"):
+        commands.main(["import", str(folder.path), str(tmp_path / "file" / "run")])
+
+
+def test_a_run_goes_on_with_the_tokenizer_that_the_folder_has(folder, tmp_path):
+    """Its names say nothing of BOS and EOS: config.json does."""
+    bytes_tokenizer(folder)
+    generation_config(folder, bos_token_id=256, eos_token_id=257)
+    theirs = lm.load(folder.path)
+    assert (theirs.tokenizer.bos, theirs.tokenizer.eos) == (256, 257)
+    (tmp_path / "text.txt").write_text("Some text to go on with. " * 60)
+    fields = {"data.train": f"text:{tmp_path}/text.txt", "data.context": 8, "training.batch_size": 8}
+    fields |= {"training.steps": 2, "optimizer.learning_rate": 1e-9, "observe.sample_prompt": None}
+    flags = [str(part) for name, value in fields.items() for part in (f"--{name}", value)]
+    train.train(["tiny", "--workdir", str(tmp_path / "run"), "--init-from", str(folder.path), *flags])
+    run = lm.load(tmp_path / "run")
+    assert run.tokenizer.sha256 == theirs.tokenizer.sha256 and run.tokenizer.bos == 256
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), run.params, theirs.params)
+
+
+def test_weights_that_float16_does_not_hold_are_refused(folder, tmp_path):
+    run = lm.load(folder.path)
+    run.params["norm"]["scale"] = run.params["norm"]["scale"] * 1e6
+    with pytest.raises(InputError, match=r"reaches \d.*e.0\d, more than float16 holds: use bfloat16 or float32"):
+        huggingface.save(run, tmp_path / "out", dtype="float16")

@@ -175,3 +175,22 @@ def test_a_family_by_name():
         write(cfg, "gpt2")
     with pytest.raises(InputError, match="did you mean 'llama'"):
         write(cfg, "lama")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_hidden_layers": 0},
+        {"num_hidden_layers": 10**9},
+        {"rope_theta": 10**400},
+        {"rope_scaling": {"rope_type": ["linear"], "factor": 2.0}},
+        {"rope_parameters": {"full_attention": 5}},
+        {"model_type": "gemma2", "query_pre_attn_scalar": 0},
+        {"model_type": "gemma3_text", "sliding_window_pattern": 0},
+        {"model_type": "qwen2", "layer_types": [["full_attention"]]},
+    ],
+    ids=str,
+)
+def test_values_that_no_model_has_are_refused(fields):
+    with pytest.raises(InputError, match=r"config\.json"):
+        read({"model_type": "llama", **fields}, "config.json")

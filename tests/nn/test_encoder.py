@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.config import LayerKind
+from lm.config import DataConfig, LayerKind, ModelConfig, RunConfig
 from lm.nn import language_model, params
 
 from ..conftest import SHAPES, VOCABULARY, resolved
@@ -146,3 +146,17 @@ def test_every_switch_changes_the_numbers(field):
         return apply(weights_of(cfg), tokens(), cfg=cfg)[..., :VOCABULARY]
 
     assert np.abs(result(one) - result(other)).max() > 1e-4
+
+
+@pytest.mark.parametrize("window", [None, (4, None)])
+def test_a_scan_does_not_copy_the_stack(window):
+    """Of the whole stack it holds a group of layers at a time, as the compiler plans its memory."""
+    layers = 16
+    cfg = ModelConfig(num_layers=layers, d_model=128, num_heads=4, scan_layers=True, window=window, vocab_size=8)
+    cfg = RunConfig(model=cfg, data=DataConfig(context=8)).resolve(8).model
+    shapes = jax.eval_shape(lambda: params.initialize(language_model.model_specs(cfg), jax.random.key(0)))
+    ids = jax.ShapeDtypeStruct((1, 8), np.int32)
+    run = jax.jit(lambda tree, ids: language_model.apply(tree, ids, cfg=cfg))
+    used = run.lower(shapes, ids).compile().memory_analysis().temp_size_in_bytes
+    stack = sum(leaf.size * 4 for leaf in jax.tree.leaves(shapes["layers"]))
+    assert used < stack / layers * 4
