@@ -50,6 +50,16 @@ def test_equals_one_query_at_a_time(key_value_heads, causal, segments):
     np.testing.assert_allclose(o, one_by_one(q, k, v, allowed), atol=2e-6)  # float32, other order of summation
 
 
+def test_of_one_sequence_with_itself_it_is_the_textbooks():
+    """With q = k = v = x and scale 1, token i becomes the mean of all x_j weighted by softmax(x_i . x_j)."""
+    x_BT1H = jax.random.normal(jax.random.key(0), (1, 9, 1, 5))
+    plain = {"softcap": None, "numerics": numerics("float32"), "dropout": None}
+    o = attend(x_BT1H, x_BT1H, x_BT1H, AttentionMask(False), scale=1.0, **plain)
+    x = np.asarray(x_BT1H, np.float64)[0, :, 0]
+    weights = np.exp(x @ x.T)
+    np.testing.assert_allclose(o[0, :, 0], weights / weights.sum(1, keepdims=True) @ x, atol=1e-6)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_window_and_softcap_equal_one_query_at_a_time(causal):
     q, k, v = heads(2)
