@@ -112,16 +112,20 @@ def test_too_long_a_document_is_refused_before_it_is_read_whole(tmp_path, monkey
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    data = "".join(json.dumps({"text": random.randbytes(2000).hex()}) + "\n" for _ in range(2500)).encode()
-    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(data))
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(data, 1))
-    for source, separator in ((f"jsonl:{tmp_path}/a.jsonl.zst", None), (f"text:{tmp_path}/a.txt.gz", "\n")):
-        tracemalloc.start()
-        train, validation = halves(source, document_separator=separator)
-        assert sum(1 for _ in train) + sum(1 for _ in validation) == 2500
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < 4e6  # of 10 MB
+    """Twice the text, the same peak: what it is differs by version of Python."""
+    peaks = {"jsonl": [], "text": []}
+    for documents in (2000, 4000):
+        data = "".join(json.dumps({"text": random.randbytes(2000).hex()}) + "\n" for _ in range(documents)).encode()
+        (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(data))
+        (tmp_path / "a.txt.gz").write_bytes(gzip.compress(data, 1))
+        for kind, source in (("jsonl", "a.jsonl.zst"), ("text", "a.txt.gz")):
+            tracemalloc.start()
+            train, validation = halves(f"{kind}:{tmp_path}/{source}", document_separator="\n")
+            assert sum(1 for _ in train) + sum(1 for _ in validation) == documents
+            peaks[kind].append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    for small, large in peaks.values():
+        assert large < 1.2 * small, peaks
 
 
 def test_one_document_is_cut_at_nine_tenths_of_its_characters(tmp_path):
