@@ -13,7 +13,8 @@ import tyro
 from rich.console import Console
 
 from lm import cli, output
-from lm.config import DataConfig, InputError, RunConfig, TokenizerConfig, nearest
+from lm.config import DataConfig, InputError, RunConfig, TokenizerConfig
+from lm.fields import nearest
 from lm.observe.bar import Bar
 from lm.validation import validate
 

@@ -16,9 +16,10 @@ from rich.console import Console
 
 from lm import checkpoint, generation
 from lm.checkpoint import Loaded
-from lm.config import InputError, ParallelConfig, RunConfig, nearest
+from lm.config import InputError, ParallelConfig, RunConfig
 from lm.evaluation.perplexity import Evaluator, Scores, check_eos
 from lm.evaluation.surprisal import SurprisalWriter
+from lm.fields import nearest
 from lm.generation import Sampling
 from lm.interop import huggingface
 from lm.observe.bar import Bar

@@ -1,26 +1,22 @@
 """The configuration of a whole run: frozen dataclasses with an exact JSON round trip; `lm/validation.py` checks them.
 
-`None` always means "off" or "derived from another field". Nothing here imports the rest of `lm`.
+`None` always means "off" or "derived from another field". Nothing here
+imports the rest of `lm` but `lm/fields.py`, which knows no field.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import field
 from typing import Any, Literal, NamedTuple
+
+from lm.fields import InputError as InputError
+from lm.fields import build
 
 SCHEMA_VERSION = 1
 GATED = ("swiglu", "geglu")
 """The activations that act on a gate, which multiplies the hidden units."""
-
-
-class InputError(ValueError):
-    """The user's arguments or files are at fault. Commands print the message, way out included, and exit with 2."""
 
 
 class LayerKind(NamedTuple):
@@ -360,7 +356,7 @@ class RunConfig:
                 f"config has schema_version {version!r}, this version of lm reads {SCHEMA_VERSION}: "
                 "open it with the lm that wrote it"
             )
-        return _build(cls, values, "")
+        return build(cls, values)
 
 
 RUNTIME = ("dropout", "hidden_dropout", "compute_dtype", "scan_layers", "remat")
@@ -374,93 +370,3 @@ def _nth(pattern: Any, index: int) -> Any:
 
 BUDGETS = ("steps", "tokens", "epochs", "seconds")
 """The fields of `TrainingConfig` of which exactly one is set."""
-
-
-def differences(saved: RunConfig, wanted: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """The fields, by dotted name, in which two configs differ: {name: (saved, wanted)}."""
-    old, new = flat(saved), flat(wanted)
-    return {name: (old[name], new[name]) for name in old if old[name] != new[name]}
-
-
-def forbidden_on_resume(saved: RunConfig, wanted: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """The differences that a run can't be continued with: all that would change its numbers or its arrays."""
-    found = differences(saved, wanted)
-    free = {name for name in found if name.startswith(("parallel.", "checkpoint.", "evaluation.", "observe."))}
-    free |= {"model.scan_layers", "model.remat", "data.loader_threads", "data.tokenizer_processes"}
-    old, new = saved.training.steps, wanted.training.steps
-    if old is not None and new is not None and new > old:
-        free.add("training.steps")
-    return {name: values for name, values in found.items() if name not in free}
-
-
-def nearest(name: str, names: typing.Iterable[str]) -> str:
-    """ " (did you mean 'x'?)" for the closest of the names, or an empty string."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def flat(config: RunConfig) -> dict[str, Any]:
-    """All fields by dotted name."""
-    found: dict[str, Any] = {}
-    for section, fields in dataclasses.asdict(config).items():
-        found |= (
-            {f"{section}.{name}": value for name, value in fields.items()}
-            if isinstance(fields, dict)
-            else {section: fields}
-        )
-    return found
-
-
-def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    arguments = {}
-    for name, value in values.items():
-        if name not in hints:
-            raise InputError(f"unknown config field {prefix + name!r}{nearest(name, hints)}")
-        if dataclasses.is_dataclass(hints[name]):
-            if not isinstance(value, Mapping):
-                raise InputError(f"config section {prefix + name!r} is {value!r}, not an object")
-            value = _build(hints[name], value, f"{prefix}{name}.")
-        if isinstance(value, list):  # JSON has no tuples
-            value = tuple(value)
-        arguments[name] = value
-    built = cls(**arguments)
-    check_types(built, prefix)
-    return built
-
-
-def check_types(config: Any, prefix: str = "") -> None:
-    """Raises InputError, naming the field, where a value is not of its field's type."""
-    for name, hint in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if dataclasses.is_dataclass(hint):
-            if type(value) is not hint:
-                raise InputError(f"{prefix}{name} is {value!r}, not a {typing.cast(type, hint).__name__}")
-            check_types(value, f"{prefix}{name}.")
-        elif not _is_a(value, hint):
-            raise InputError(f"{prefix}{name} is {value!r}, it must be {_describe(hint)}")
-
-
-def _is_a(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_is_a(value, option) for option in typing.get_args(hint))
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_is_a(one, typing.get_args(hint)[0]) for one in value)
-    if origin is Literal:
-        return isinstance(value, str) and value in typing.get_args(hint)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _describe(hint: Any) -> str:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_describe(option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
-    if typing.get_origin(hint) is tuple:
-        return f"several of {_describe(typing.get_args(hint)[0])}"
-    return {int: "a whole number", float: "a number", bool: "True or False", str: "text", type(None): "None"}[hint]

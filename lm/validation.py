@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from lm.config import BUDGETS, DataConfig, InputError, ModelConfig, RunConfig, TrainingConfig, check_types, flat
+from lm.config import BUDGETS, DataConfig, InputError, ModelConfig, RunConfig, TrainingConfig
+from lm.differences import flat
+from lm.fields import check_types
 
 
 def validate(config: RunConfig) -> RunConfig:

@@ -11,7 +11,8 @@ import pytest
 
 import lm
 from lm.cli import train_arguments
-from lm.config import InputError, RunConfig, forbidden_on_resume
+from lm.config import InputError, RunConfig
+from lm.differences import forbidden_on_resume
 from lm.nn import params
 from lm.nn.language_model import model_specs
 from lm.validation import validate

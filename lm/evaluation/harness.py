@@ -22,11 +22,12 @@ from lm_eval.utils import make_table
 
 from lm import generation
 from lm.checkpoint import Loaded
-from lm.config import InputError, nearest
+from lm.config import InputError
 from lm.evaluation.perplexity import check_window
 from lm.evaluation.scorer import rows_at_once, score
 from lm.evaluation.scores import finite
 from lm.evaluation.windows import Window, pack, windows_behind
+from lm.fields import nearest
 from lm.generation import Sampling
 from lm.nn.language_model import model_specs
 from lm.parallel import parameter_shardings

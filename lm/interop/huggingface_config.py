@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lm.config import InputError, ModelConfig, nearest
+from lm.config import InputError, ModelConfig
+from lm.fields import nearest
 from lm.interop.huggingface_families import FAMILIES, Family
 from lm.interop.huggingface_fields import Fields
 from lm.interop.huggingface_rotary import pattern

@@ -9,7 +9,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from lm.config import ModelConfig, nearest
+from lm.config import ModelConfig
+from lm.fields import nearest
 from lm.interop.huggingface_fields import Fields
 from lm.interop.huggingface_rotary import FULL, SLIDING, pattern, read_rotary, write_rotary
 

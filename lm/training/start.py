@@ -14,9 +14,11 @@ from typing import Any
 
 from lm import checkpoint
 from lm.checkpoint import Loaded
-from lm.config import InputError, ModelConfig, RunConfig, check_types, differences, forbidden_on_resume
+from lm.config import InputError, ModelConfig, RunConfig
 from lm.data.pipeline import Pipeline
 from lm.data.tokenizer import Tokenizer
+from lm.differences import differences, forbidden_on_resume
+from lm.fields import check_types
 from lm.generation import prompt_ids, room
 from lm.manifest import read_manifest
 from lm.nn.language_model import model_specs

@@ -13,26 +13,12 @@ from lm.config import InputError
 from lm.data.corpus import open_corpus, open_splits
 from lm.data.sources import holdout, text
 from lm.data.sources.token_files import TokenFiles
+from tests.data.reading import halves, ids, texts
 
 
 def write(folder, **files):
     for name, content in files.items():
         (folder / f"{name}.txt").write_text(content, encoding="utf-8", newline="")
-
-
-def ids(corpus):
-    return [document.id for document in corpus]
-
-
-def texts(corpus):
-    return [document.text for document in corpus]
-
-
-def halves(source, **settings):
-    """(train, validation) of a source that is no mix."""
-    splits = open_splits(source, None, **settings)
-    (component,) = splits.train
-    return component.corpus, splits.validation[""]
 
 
 def test_text_is_one_document_a_file_in_the_order_of_the_ids(tmp_path):

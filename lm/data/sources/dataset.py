@@ -17,13 +17,14 @@ import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 from tensorflow_datasets.core.download import downloader
 
-from lm.config import InputError, nearest
+from lm.config import InputError
 from lm.data import cache
 from lm.data.sources import document, files
 from lm.data.sources.document import Document
 from lm.data.sources.files import File
 from lm.data.sources.reader import Reader, Reading
 from lm.data.sources.source import Source
+from lm.fields import nearest
 
 READ_RECORDS = 128
 """Records read at once."""

@@ -7,12 +7,13 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from lm.config import InputError, nearest
+from lm.config import InputError
 from lm.data.sources import document, files, stream
 from lm.data.sources.document import Document
 from lm.data.sources.files import File
 from lm.data.sources.reader import FilesReader, Reading
 from lm.data.sources.source import Source
+from lm.fields import nearest
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,12 +10,13 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import compute, parquet
 
-from lm.config import InputError, nearest
+from lm.config import InputError
 from lm.data.sources import document, files
 from lm.data.sources.document import Document
 from lm.data.sources.files import File
 from lm.data.sources.reader import FilesReader, Reading
 from lm.data.sources.source import Source
+from lm.fields import nearest
 
 BATCH_ROWS = 256
 """Rows in memory at once, besides a page of each column."""

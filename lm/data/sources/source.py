@@ -14,7 +14,8 @@ import dataclasses
 import math
 import re
 
-from lm.config import InputError, nearest
+from lm.config import InputError
+from lm.fields import nearest
 
 KINDS = ("builtin", "tfds", "text", "jsonl", "parquet", "tokens", "pairs", "mix")
 BUILTINS = ("python-stdlib",)

@@ -9,21 +9,7 @@ import tensorflow_datasets as tfds
 from lm.config import InputError
 from lm.data.corpus import open_corpus, open_splits
 from lm.data.sources import dataset
-
-
-def ids(corpus):
-    return [document.id for document in corpus]
-
-
-def texts(corpus):
-    return [document.text for document in corpus]
-
-
-def halves(source, **settings):
-    """(train, validation) of a source that is no mix."""
-    splits = open_splits(source, None, **settings)
-    (component,) = splits.train
-    return component.corpus, splits.validation[""]
+from tests.data.reading import halves, ids, texts
 
 
 class ToyNews(tfds.core.GeneratorBasedBuilder, skip_registration=True):
