@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lm import cli, output
+from lm import allocator, cli, output
 from lm.config import InputError
 from lm.observe.bar import Bar
 
@@ -62,7 +62,9 @@ def evaluate(argv: Sequence[str]) -> None:
     arguments = cli.parse(Arguments, argv, prog="eval.py")
     files = _files(arguments)
     _check_harness(arguments)
-    from lm import api  # here, so that Ctrl-C ends the command cleanly while JAX is loading
+    allocator.keep_freed_memory()
+    with cli.loading():
+        from lm import api
 
     run = api.load(arguments.model, step=arguments.step, dtype=arguments.compute_dtype)
     result: dict[str, Any] = {}

@@ -2,13 +2,17 @@
 
 from collections.abc import Sequence
 
-from lm import cli
+from lm import allocator, cli
 
 
 def train(argv: Sequence[str]) -> None:
-    from lm import api  # here, so that Ctrl-C ends the command cleanly while JAX is loading
+    kept = allocator.keep_freed_memory()
+    with cli.loading():
+        from lm import api
 
     config, workdir = cli.train_arguments(argv, api.preset)
+    if kept is not None:
+        print(kept, flush=True)
     api.train(config, workdir)
 
 

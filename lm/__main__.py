@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from lm import cli, output
+from lm import allocator, cli, output
 from lm.config import DataConfig, InputError, RunConfig, TokenizerConfig
 from lm.fields import nearest
 from lm.observe.bar import Bar
@@ -48,7 +49,9 @@ def generate(argv: Sequence[str]) -> None:
     arguments = cli.parse(Generate, argv, prog="python -m lm generate")
     if arguments.samples < 1:
         raise InputError(f"--samples is {arguments.samples}: use 1 or more")
-    from lm import api  # here, so that Ctrl-C ends the command cleanly while JAX is loading
+    allocator.keep_freed_memory()
+    with cli.loading():
+        from lm import api
 
     texts = api.generate(
         api.load(arguments.model, step=arguments.step),
@@ -193,8 +196,39 @@ def export_model(argv: Sequence[str]) -> None:
     print(f"saved      {arguments.folder}: {', '.join(path.name for path in files)}")
 
 
+@dataclasses.dataclass(frozen=True)
+class PlanArguments(cli.PresetArguments):
+    """Says what a run would take, before anything runs: parameters, FLOPs a token, bytes a device. PRESET and fields as
+    for train.py. No text is read: a BPE that is to be trained is taken to have tokenizer.vocab_size tokens."""
+
+    devices: int | None = None
+    """Devices to share the run out over; they needn't be there. None: as many as the parallel section names."""
+    json: str | None = None
+    """Also write the figures to this file."""
+
+
+def plan(argv: Sequence[str]) -> None:
+    """Prints the table."""
+    from lm import api
+
+    name, arguments = cli.with_preset(PlanArguments, argv, api.preset, prog="python -m lm plan")
+    target = None if arguments.json is None else output.writable_file("--json", arguments.json)
+    from lm import plan as plans
+
+    config = plans.resolved(arguments.config, api.load)
+    parallel = config.parallel
+    named = (parallel.data or 1) * parallel.fsdp * parallel.tensor
+    found = plans.plan(config, named if arguments.devices is None else arguments.devices)
+    if target is not None:
+        with output.whole_file(target) as file:
+            file.write(json.dumps({"preset": name, **found.as_dict()}, indent=2) + "\n")
+    for line in plans.lines(name, found):
+        print(line)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "generate": generate,
+    "plan": plan,
     "import": import_model,
     "export": export_model,
     "data inspect": inspect_data,

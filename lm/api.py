@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-from lm import checkpoint, generation
+from lm import checkpoint, compilation, generation
 from lm.checkpoint import Loaded
 from lm.config import InputError, ParallelConfig, RunConfig
 from lm.evaluation.perplexity import Evaluator, Scores, check_eos
@@ -80,6 +80,7 @@ def train(config: RunConfig, workdir: str | Path) -> Loaded:
     Returns the trained model. Raises InputError before anything compiles if config, text, devices or workdir don't fit;
     SystemExit(143 or 130) after saving, if stopped by SIGTERM or Ctrl-C.
     """
+    compilation.keep()
     workdir, console = Path(workdir), Terminal()
 
     def say(line: str) -> None:
@@ -115,19 +116,23 @@ def load(path: str | Path, *, step: str | int = "latest", dtype: str = "float32"
     """Opens a model: a run directory, one checkpoint inside it, written on any number of devices of any kind, or a
     Hugging Face model folder.
 
+    Its params are the weights that the run was evaluated with: their moving average where `training.ema_decay` is set.
+
     Args:
       step: "latest", "best" (by validation loss) or a number, for a run directory.
       dtype: it computes in float32 unless this says "bfloat16" (parameters are cast too) or "tensorfloat32".
     """
     if dtype not in ("float32", "bfloat16", "tensorfloat32"):
         raise InputError(f"dtype is {dtype!r}: use 'float32', 'bfloat16' or 'tensorfloat32'")
+    compilation.keep()
     if huggingface.is_folder(path):
         if step not in ("latest", "best"):
             raise InputError(f"{path} is a Hugging Face model folder: it has no step {step}, leave the step out")
         run = huggingface.load(path, dtype="bfloat16" if dtype == "bfloat16" else "float32")
     else:
         run = checkpoint.load(path, step=step, dtype="bfloat16" if dtype == "bfloat16" else None)
-    model = dataclasses.replace(run.config.model, compute_dtype=dtype)  # type: ignore[arg-type]
+    # auto: the back end that it was trained with may not run here
+    model = dataclasses.replace(run.config.model, compute_dtype=dtype, attention="auto")  # type: ignore[arg-type]
     return dataclasses.replace(run, config=dataclasses.replace(run.config, model=model))
 
 

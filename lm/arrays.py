@@ -76,6 +76,11 @@ def read_as(folder: Path, wanted: Any) -> Any:
     return _read(folder, wanted)
 
 
+def entries(folder: Path) -> set[str]:
+    """The names at the top of a saved item."""
+    return set(_saved_tree(folder))
+
+
 def read_here(folder: Path, *, dtype: Any) -> Any:
     """Reads a whole item onto this process's first device; `dtype` (None: as saved) casts its floating-point leaves."""
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

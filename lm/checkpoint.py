@@ -3,6 +3,8 @@
     RUN/config.json, RUN/tokenizer.json (SentencePiece: tokenizer.model)
     RUN/checkpoints/STEP/{params/, opt_state/, rest/, config.json, tokenizer.*, manifest.json}
 
+`params` are the weights for readers: where a run averages them (`training.ema_decay`) the averaged ones, beside which
+raw_params/ has those that training goes on from.
 The arrays are written into a folder with a temporary name. The manifest is the last file put there, then the folder
 gets its final name: killed at any moment, a step is whole or it doesn't exist. Loading never executes code from the
 file.
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
     from lm.model import LM
 
 __all__ = ["BEST", "CheckpointWriter", "Loaded", "Manifest", "best_step", "latest_step", "load", "locate"]
-__all__ += ["read_config", "read_manifest", "restore", "restore_params", "steps", "verify", "write"]
+__all__ += ["entries", "read_config", "read_manifest", "restore", "restore_params", "steps", "verify", "write"]
 
 _LEFTOVER = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|deleting)")
 
@@ -164,6 +166,11 @@ def restore(checkpoint: str | Path, items: Mapping[str, Any]) -> dict[str, Any]:
     return {name: arrays.read_as(Path(checkpoint) / name, wanted) for name, wanted in items.items()}
 
 
+def entries(checkpoint: str | Path, item: str) -> set[str]:
+    """The names at the top of an item."""
+    return arrays.entries(Path(checkpoint) / item)
+
+
 def restore_params(checkpoint: str | Path, *, dtype: Any = None) -> dict[str, Any]:
     """The parameters of a checkpoint as a nested dict of jax arrays on this process's first device.
 
@@ -177,6 +184,7 @@ def restore_params(checkpoint: str | Path, *, dtype: Any = None) -> dict[str, An
 class Loaded:
     """A trained model, opened: `loaded(tokens_BT)` gives logits. `step` and `path` say which checkpoint it is.
 
+    `params` are the weights that the run was evaluated with: their moving average where `training.ema_decay` is set.
     `step` is None, and `path` its folder, for one that isn't ours.
     """
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
+import gc
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -23,6 +25,7 @@ def main(command: Callable[[Sequence[str]], Any]) -> None:
     warnings.showwarning = _warn  # type: ignore[assignment]
     try:
         command(sys.argv[1:])
+        gc.freeze()  # the interpreter's last collection would look through all of JAX for a third of a second
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -37,6 +40,20 @@ def main(command: Callable[[Sequence[str]], Any]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         os._exit(130)  # at once: XLA's threads may be at work, and crash while the interpreter is taken down
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """For imports of what loads JAX: inside a command, so that Ctrl-C ends it cleanly.
+
+    What they make stays to the end, so the garbage collector leaves it out, now and later.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _warn(message: Warning | str, category: type[Warning], *_: object) -> None:
@@ -59,26 +76,41 @@ def parse(kind: type[Arguments], arguments: Sequence[str], *, prog: str, default
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainArguments:
+class PresetArguments:
+    """Arguments of a command that takes a preset and fields in place of its own."""
+
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainArguments(PresetArguments):
     """Trains a language model. PRESET comes first: the name of a file in configs/, or the path of a .py file with a
     get_config(); without one it is tiny. Fields that are not given are the preset's."""
 
-    config: Annotated[RunConfig, tyro.conf.arg(name="")]
     workdir: str | None = None
     """Run directory; one that holds a run continues it. None: runs/PRESET."""
 
 
+Configured = TypeVar("Configured", bound=PresetArguments)
+
+
 def train_arguments(arguments: Sequence[str], preset: Callable[[str], RunConfig]) -> tuple[RunConfig, Path]:
     """The config and the run directory of a train.py command line. Without a preset: tiny."""
+    name, parsed = with_preset(TrainArguments, arguments, preset, prog="train.py")
+    return parsed.config, Path(f"runs/{Path(name).stem}" if parsed.workdir is None else parsed.workdir)
+
+
+def with_preset(
+    kind: type[Configured], arguments: Sequence[str], preset: Callable[[str], RunConfig], *, prog: str
+) -> tuple[str, Configured]:
+    """A preset's name, and arguments whose config is that preset's but for what is given."""
     named = bool(arguments) and not arguments[0].startswith("-")
     name, rest = (arguments[0], arguments[1:]) if named else ("tiny", arguments)
-    default = preset(name)
-    parsed = parse(TrainArguments, rest, prog="train.py [PRESET]", default=TrainArguments(default))
+    parsed = parse(kind, rest, prog=f"{prog} [PRESET]", default=kind(preset(name)))
     if parsed.config.init_from is not None:
         _check_going_on(rest)
     training = _one_budget(parsed.config.training, rest)
-    config = dataclasses.replace(parsed.config, training=training)
-    return config, Path(f"runs/{Path(name).stem}" if parsed.workdir is None else parsed.workdir)
+    return name, dataclasses.replace(parsed, config=dataclasses.replace(parsed.config, training=training))
 
 
 def _check_going_on(arguments: Sequence[str]) -> None:

@@ -100,12 +100,17 @@ class ModelConfig:
     """normal: N(0, init_std), block outputs scaled by 1/sqrt(2 num_layers). torch: PyTorch's own layer defaults."""
     init_std: float = 0.02
     """Standard deviation of the normal initializer."""
+    zero_init_outputs: bool = False
+    """Draw the output projections of attention and feed-forward blocks as zeros: each block begins as the identity."""
     vocab_size: int | None = None
     """Tokens in the vocabulary. None: as many as the tokenizer has."""
     vocab_multiple: int = 64
     """Vocabulary tables are padded up to a multiple of this; padded logits are -inf."""
     compute_dtype: Literal["float32", "bfloat16", "tensorfloat32"] = "float32"
     """Activations and operands of matrix products. Sums, parameters, norms, softmax and loss stay in float32."""
+    attention: Literal["auto", "reference", "blockwise", "cudnn", "splash"] = "auto"
+    """What computes attention. reference: all scores at once. blockwise: a block at a time, for long rows. cudnn and
+    splash: fused kernels of NVIDIA GPUs and TPUs. auto picks by device, context and model, and the log says which."""
     scan_layers: bool = False
     """Run the stack by lax.scan (constant compile time) instead of unrolled (faster on CPU)."""
     remat: bool = False
@@ -210,20 +215,39 @@ class DataConfig:
 class OptimizerConfig:
     """The optimizer and its learning-rate schedule."""
 
-    name: Literal["adamw"] = "adamw"
-    """The update rule."""
+    name: Literal["adamw", "muon", "lion", "adafactor", "sgd"] = "adamw"
+    """The update rule. muon: for the matrices of the layers, with adamw for embeddings, head and vectors; its updates
+    are as large as adamw's, so that one learning rate serves both. adafactor: the learning rate is relative to the
+    size of the parameters."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant", "inverse_sqrt", "wsd"] = "cosine"
+    """How the learning rate decays after the warmup. wsd: not before the last decay_fraction of the budget, then
+    linearly."""
     warmup_steps: int = 100
     """Steps of linear warmup from 0."""
     final_learning_rate: float = 0.1
-    """Where the cosine ends, as a fraction of the peak."""
+    """Where cosine, linear and wsd end, as a fraction of the peak."""
+    decay_fraction: float = 0.2
+    """wsd: the part of the budget after the warmup in which the learning rate decays."""
+    embedding_factor: float = 1.0
+    """Learning rate of embedding tables, a tied head among them, as a multiple of learning_rate."""
+    head_factor: float = 1.0
+    """Learning rate of an untied head, as a multiple of learning_rate."""
+    vector_factor: float = 1.0
+    """Learning rate of norms and biases, as a multiple of learning_rate."""
     beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay of the first moment; sgd: momentum, 0 for none."""
     beta2: float = 0.99
     """Decay of the second moment."""
     epsilon: float = 1e-8
     """Added to the root of the second moment."""
+    momentum: float = 0.95
+    """muon: decay of the Nesterov momentum."""
+    newton_schulz_steps: int = 5
+    """muon: steps of the iteration that orthogonalises an update."""
+    newton_schulz_dtype: Literal["float32", "bfloat16", "tensorfloat32"] = "bfloat16"
+    """muon: operands of that iteration's products, as model.compute_dtype."""
     weight_decay: float = 0.1
     """Decoupled weight decay on matrices and tables; norms and biases have none."""
     clip_norm: float | None = 1.0
@@ -246,6 +270,14 @@ class TrainingConfig:
     """Rows in the global batch of one update."""
     gradient_accumulation: int = 1
     """Micro-batches that the batch is cut into, to save memory."""
+    ema_decay: float | None = None
+    """Average the weights over steps with this decay; the averaged ones are evaluated and read, training goes on from
+    the raw ones. None: off."""
+    z_loss: float | None = None
+    """Factor of log² Z, Z = sum of exp(logits), in what is minimised (PaLM: 1e-4); it keeps the logits from drifting.
+    None: off."""
+    max_skipped_steps: int = 10
+    """Steps without a finite loss and gradient change nothing; more than this many in a row end the run."""
     seed: int = 0
     """Seed of initialisation, data order and dropout."""
 
@@ -298,6 +330,8 @@ class ObserveConfig:
     """Also write TensorBoard events into the run (extra: tensorboard)."""
     wandb_project: str | None = None
     """Also log to this Weights & Biases project (extra: wandb)."""
+    profile: bool = False
+    """Write a profiler's trace of steps 4 to 8 after each start into RUN/profile."""
     sample_prompt: str | None = ""
     """After training, sample a continuation of this prompt. None: off."""
     sample_tokens: int = 128
@@ -359,7 +393,7 @@ class RunConfig:
         return build(cls, values)
 
 
-RUNTIME = ("dropout", "hidden_dropout", "compute_dtype", "scan_layers", "remat")
+RUNTIME = ("dropout", "hidden_dropout", "compute_dtype", "attention", "scan_layers", "remat")
 """Fields of `ModelConfig` that say how a model is run, and nothing of what its weights mean."""
 
 

@@ -18,7 +18,8 @@ def forbidden_on_resume(saved: RunConfig, wanted: RunConfig) -> dict[str, tuple[
     """The differences that a run can't be continued with: all that would change its numbers or its arrays."""
     found = differences(saved, wanted)
     free = {name for name in found if name.startswith(("parallel.", "checkpoint.", "evaluation.", "observe."))}
-    free |= {"model.scan_layers", "model.remat", "data.loader_threads", "data.tokenizer_processes"}
+    free |= {"model.attention", "model.scan_layers", "model.remat", "data.loader_threads", "data.tokenizer_processes"}
+    free.add("training.max_skipped_steps")
     old, new = saved.training.steps, wanted.training.steps
     if old is not None and new is not None and new > old:
         free.add("training.steps")

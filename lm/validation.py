@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from lm.config import BUDGETS, DataConfig, InputError, ModelConfig, RunConfig, TrainingConfig
+from lm.config import BUDGETS, DataConfig, InputError, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from lm.differences import flat
 from lm.fields import check_types
+from lm.nn.attention_backend import refusal
 
 
 def validate(config: RunConfig) -> RunConfig:
@@ -22,6 +23,7 @@ def validate(config: RunConfig) -> RunConfig:
     _check_model(config.model, config.data)
     _check_rotary(config.model)
     _check_training(config.training)
+    _check_optimizer(config.optimizer, config.model.tie_embeddings)
     _check_evaluation(config)
     _check_tokenizer(config)
     return config
@@ -35,9 +37,20 @@ _AT_LEAST_ZERO = {
     "optimizer.beta1",
     "optimizer.beta2",
     "optimizer.weight_decay",
+    "optimizer.momentum",
+    "optimizer.embedding_factor",
+    "optimizer.head_factor",
+    "optimizer.vector_factor",
+    "training.max_skipped_steps",
     "model.init_std",
 }
-_BELOW_ONE = {"model.dropout", "optimizer.beta1", "optimizer.beta2"}
+_BELOW_ONE = {
+    "model.dropout",
+    "optimizer.beta1",
+    "optimizer.beta2",
+    "optimizer.momentum",
+    "training.ema_decay",
+}
 
 
 def _check_ranges(config: RunConfig) -> None:
@@ -70,6 +83,9 @@ def _check_model(model: ModelConfig, data: DataConfig) -> None:
         )
     if model.num_heads % model.kv_heads:
         raise InputError(f"model.num_kv_heads {model.kv_heads} does not divide model.num_heads {model.num_heads}")
+    problem = None if model.attention == "auto" else refusal(model.attention, model, dropout=model.dropout > 0)
+    if problem is not None:
+        raise InputError(f"model.attention is {model.attention!r}, but {problem}")
     if model.norm_offset and model.norm != "rmsnorm":
         raise InputError(f"model.norm_offset belongs to rmsnorm, but model.norm is {model.norm!r}: set it to False")
     if model.window == ():
@@ -132,6 +148,41 @@ def _check_training(training: TrainingConfig) -> None:
             f"training.gradient_accumulation {training.gradient_accumulation} does not divide "
             f"training.batch_size {training.batch_size}"
         )
+
+
+def _check_optimizer(optimizer: OptimizerConfig, tied: bool) -> None:
+    if tied and optimizer.head_factor != 1.0:
+        raise InputError(
+            f"optimizer.head_factor is {optimizer.head_factor}, but model.tie_embeddings is True: the head is the "
+            "embedding table, so set optimizer.embedding_factor"
+        )
+    if optimizer.decay_fraction > 1:
+        raise InputError(f"optimizer.decay_fraction is {optimizer.decay_fraction}: it must be at most 1, the whole")
+    for field in dataclasses.fields(OptimizerConfig):
+        readers = _READERS.get(field.name)
+        value = getattr(optimizer, field.name)
+        if readers is None or value == field.default:
+            continue
+        chooser, names = readers
+        chosen = getattr(optimizer, chooser)
+        if chosen not in names:
+            raise InputError(
+                f"optimizer.{field.name} is {value!r}, but optimizer.{chooser} {chosen!r} doesn't read it: leave it at "
+                f"{field.default!r}, or set optimizer.{chooser} to {' or '.join(map(repr, names))}"
+            )
+
+
+# Who reads a field: the field that chooses among them, and its values.
+_READERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "beta1": ("name", ("adamw", "muon", "lion", "sgd")),
+    "beta2": ("name", ("adamw", "muon", "lion")),
+    "epsilon": ("name", ("adamw", "muon")),
+    "momentum": ("name", ("muon",)),
+    "newton_schulz_steps": ("name", ("muon",)),
+    "newton_schulz_dtype": ("name", ("muon",)),
+    "final_learning_rate": ("schedule", ("cosine", "linear", "wsd")),
+    "decay_fraction": ("schedule", ("wsd",)),
+}
 
 
 def _check_evaluation(config: RunConfig) -> None:

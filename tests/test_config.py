@@ -86,6 +86,17 @@ def test_parameter_counts(name, vocabulary, parameters):
                     "rotary_low_frequency_factor": 4.0}}, ["frequency_factor 4.0", "not less than"]),
         ({"optimizer": {"learning_rate": math.nan}}, ["optimizer.learning_rate"]),
         ({"optimizer": {"learning_rate": math.inf}}, ["optimizer.learning_rate"]),
+        ({"optimizer": {"name": "lion", "epsilon": 1e-6}}, ["optimizer.epsilon is 1e-06", "'lion'", "'adamw'"]),
+        ({"optimizer": {"momentum": 0.9}}, ["optimizer.momentum is 0.9", "'adamw'", "leave it at 0.95", "'muon'"]),
+        ({"optimizer": {"name": "muon", "momentum": 1.0}}, ["optimizer.momentum", "less than 1"]),
+        ({"optimizer": {"schedule": "constant", "final_learning_rate": 0.0}},
+         ["optimizer.final_learning_rate is 0.0", "'constant'", "'wsd'"]),
+        ({"optimizer": {"decay_fraction": 0.5}}, ["optimizer.decay_fraction is 0.5", "'cosine'", "'wsd'"]),
+        ({"optimizer": {"schedule": "wsd", "decay_fraction": 1.5}}, ["optimizer.decay_fraction is 1.5", "at most 1"]),
+        ({"optimizer": {"head_factor": 2.0}}, ["optimizer.head_factor is 2.0", "model.tie_embeddings is True"]),
+        ({"training": {"ema_decay": 1.0}}, ["training.ema_decay", "less than 1"]),
+        ({"training": {"z_loss": 0.0}}, ["training.z_loss", "more than 0"]),
+        ({"training": {"max_skipped_steps": -1}}, ["training.max_skipped_steps", "0 or more"]),
         ({"training": {"steps": None}}, ["exactly one", "training.steps"]),
         ({"training": {"seconds": 5.0}}, ["exactly one", "training.steps"]),
         ({"training": {"gradient_accumulation": 3}}, ["gradient_accumulation 3", "batch_size 16"]),
@@ -147,7 +158,7 @@ def test_what_a_run_may_change_when_it_goes_on():
     saved = RunConfig()
     free = changed(
         parallel={"fsdp": 8}, checkpoint={"keep": 7}, evaluation={"every_steps": 3}, observe={"every_steps": 9},
-        model={"scan_layers": True, "remat": True}, training={"steps": 2000},
+        model={"attention": "blockwise", "scan_layers": True, "remat": True}, training={"steps": 2000},
     )  # fmt: skip
     assert forbidden_on_resume(saved, free) == {}
     assert forbidden_on_resume(saved, changed(training={"steps": 10})) == {"training.steps": (1000, 10)}

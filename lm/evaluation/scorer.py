@@ -20,6 +20,7 @@ from lm.evaluation.windows import Packed, Piece
 from lm.nn import language_model
 from lm.nn.head import token_nll
 from lm.parallel import batch_shards, constrainer, own_rows, put_rows, replicated
+from lm.sharded_attention import attend_on
 
 LOGITS = 2**22
 """Logits that a device holds at once, in float32: 16 MB stay in or near its caches."""
@@ -75,10 +76,11 @@ def _compiled(cfg: ModelConfig, mesh: Mesh, size: int, greedy: bool) -> Callable
 
     def nats(params: Any, batch: Batch, columns_RW: jax.Array, slices: jax.Array) -> tuple[jax.Array, ...]:
         tokens, targets_RW, _, segments, positions = batch
-        x_RWD = language_model.forward(
-            params, tokens, segments, positions, cfg=cfg, dropout_keys_B=None, constrain=constrain
-        )
         R, W = columns_RW.shape
+        attend = attend_on(cfg, mesh, length=W, training=False)
+        x_RWD = language_model.forward(
+            params, tokens, segments, positions, cfg=cfg, dropout_keys_B=None, constrain=constrain, attend=attend
+        )
         padded = -(-W // size) * size
         columns_RW = jnp.pad(columns_RW, ((0, 0), (0, padded - W)))
 

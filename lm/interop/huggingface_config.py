@@ -19,7 +19,7 @@ NAME = "config.json"
 _OF_IMAGES = {"text_config", "vision_config", "mm_tokens_per_image"}
 _OF_IMAGES |= {f"{name}_token_{end}" for name in ("boi", "eoi", "image") for end in ("index", "id")}
 _TRAINING_ALONE = {"compute_dtype", "dropout", "hidden_dropout", "init_std", "initializer", "remat", "scan_layers"}
-_TRAINING_ALONE |= {"vocab_multiple"}
+_TRAINING_ALONE |= {"attention", "vocab_multiple"}
 """Fields of ModelConfig that say nothing of the function that the parameters make."""
 
 

@@ -1,24 +1,26 @@
-"""Attention: the core `attend`, and the self-attention block around it.
+"""Attention: who sees whom, and the core `attend`, the reference of every back end.
 
-Shapes: B batch, T query position, S key position, D model width, N query heads, K key/value heads, G = N / K queries a
-key/value head, H head width, E = (G + 2) H.
+Shapes: B batch, T query position, S key position, N query heads, K key/value heads, G = N / K queries a key/value head,
+H head width, M = G T rows of one key/value head's products.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lm.nn import params as declare
-from lm.nn.cache import KeyValueCache
-from lm.nn.layers import Constrain, Dropout, drop, norm_specs, rms_norm, rotary
-from lm.nn.matmul import Numerics, product, project
-from lm.nn.params import ParamSpec
+from lm.nn.layers import Dropout, drop
+from lm.nn.matmul import Numerics, product, sum_of_rows
 
 Array = jax.Array
+
+
+Attend = Callable[..., Array]
+"""A back end: computes what `attend` does, of the same arguments."""
 
 
 class AttentionMask(NamedTuple):
@@ -75,101 +77,59 @@ def attend(
     S, K = k_BSKH.shape[1:3]
     G = N // K
     # Two batch axes and two matrix axes: the form that every back end has a fast product for.
-    q_BKtH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    q_BKMH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
     k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
-    scores_BKGTS = scale * product(q_BKtH, k_BKSH, True, numerics).reshape(B, K, G, T, S)
-    if softcap is not None:
-        scores_BKGTS = softcap * jnp.tanh(scores_BKGTS / softcap)
     allowed = mask.dense(T, S)
+    if softcap is None and dropout is None:
+        o_BKMH = _attend(q_BKMH, k_BKSH, v_BKSH, allowed, scale, numerics)
+    else:
+        scores_BKMS = scale * product(q_BKMH, k_BKSH, True, numerics)
+        if softcap is not None:
+            scores_BKMS = softcap * jnp.tanh(scores_BKMS / softcap)
+        probabilities = _softmax(scores_BKMS, allowed).reshape(B, K, G, T, S)
+        probabilities = drop(probabilities, dropout).reshape(B, K, G * T, S)
+        o_BKMH = product(probabilities, v_BKSH, False, numerics).astype(q_BTNH.dtype)
+    return o_BKMH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _softmax(scores_BKMS: Array, allowed: Array | None) -> Array:
+    """Over what is allowed, [1 or B, T, S], float32: the sum of thousands of bfloat16 exponentials loses two digits."""
     if allowed is not None:
+        B, K, M, S = scores_BKMS.shape
+        T = allowed.shape[1]
         # Finite: a row of padding may see nothing, and a softmax over -inf alone is NaN.
-        scores_BKGTS = jnp.where(allowed[:, None, None], scores_BKGTS, -1e30)
-    # float32: the sum of thousands of bfloat16 exponentials loses two digits
-    probabilities = drop(jax.nn.softmax(scores_BKGTS, axis=-1), dropout)
-    o_BKtH = product(probabilities.reshape(B, K, G * T, S), v_BKSH, False, numerics)
-    return o_BKtH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
+        masked = jnp.where(allowed[:, None, None], scores_BKMS.reshape(B, K, M // T, T, S), -1e30)
+        scores_BKMS = masked.reshape(B, K, M, S)
+    return jax.nn.softmax(scores_BKMS, axis=-1)
 
 
-def self_attention_specs(
-    width: int,
-    *,
-    heads: int,
-    kv_heads: int,
-    head_width: int,
-    qkv_bias: bool,
-    out_bias: bool,
-    qk_norm: bool,
-    norm_offset: bool,
-    init_qkv: Callable,
-    init_out: Callable,
-) -> dict[str, Any]:
-    """`init_*` take the numbers of inputs and outputs of the matrix and give its initializer.
-
-    Query, key and value are one matrix, a group of heads after another, so that splitting the key/value heads over
-    devices keeps each group together.
-    """
-    group = (heads // kv_heads + 2) * head_width
-    specs: dict[str, Any] = {
-        "qkv": ParamSpec(
-            (width, kv_heads, group), ("embed", "kv_heads", "qkv"), init_qkv(width, kv_heads * group), inputs=1
-        ),
-        "out": ParamSpec(
-            (heads, head_width, width), ("heads", "head", "embed"), init_out(heads * head_width, width), inputs=2
-        ),
-    }
-    if qkv_bias:
-        specs["qkv_bias"] = ParamSpec((kv_heads, group), ("kv_heads", "qkv"), declare.zeros)
-    if out_bias:
-        specs["out_bias"] = ParamSpec((width,), ("norm",), declare.zeros)
-    if qk_norm:
-        for name in ("q_norm", "k_norm"):
-            specs[name] = norm_specs(head_width, kind="rmsnorm", bias=False, offset=norm_offset)
-    return specs
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(
+    q_BKMH: Array, k_BKSH: Array, v_BKSH: Array, allowed: Array | None, scale: float, numerics: Numerics
+) -> Array:
+    """o_BKMH in q's dtype. The probabilities are kept for the backward pass in the compute dtype."""
+    return _forward(q_BKMH, k_BKSH, v_BKSH, allowed, scale, numerics)[0]
 
 
-def self_attention(
-    params: dict[str, Any],
-    x_BTD: Array,
-    positions_BT: Array,
-    mask: AttentionMask,
-    *,
-    head_width: int,
-    rotary_frequency_h: Array | None,
-    scale: float,
-    softcap: float | None,
-    norm_epsilon: float,
-    norm_offset: bool,
-    numerics: Numerics,
-    dropout: Dropout | None,
-    constrain: Constrain,
-    cache: KeyValueCache | None,
-    layer: Array | int,
-) -> tuple[Array, KeyValueCache | None]:
-    """Projects x to queries, keys and values, attends, projects back to [B, T, D].
+def _forward(
+    q: Array, k: Array, v: Array, allowed: Array | None, scale: float, numerics: Numerics
+) -> tuple[Array, tuple[Array, ...]]:
+    p = _softmax(scale * product(q, k, True, numerics), allowed).astype(numerics.dtype)
+    o = product(p, v, False, numerics).astype(q.dtype)
+    return o, (q, k, v, p, o)
 
-    `rotary_frequency_h` [H / 2] is how far rotary positions turn, in radians a token; None: they don't. `scale` and
-    `softcap` are those of `attend`. With a cache, keys and values are appended to it (at `layer`) and the queries
-    attend to all that it holds. The norms on queries and keys (Henry et al. 2020, arXiv:2010.04245) come before the
-    rotation.
-    """
-    B, T, _ = x_BTD.shape
-    qkv_BTKE = project(x_BTD, params["qkv"], params.get("qkv_bias"), inputs=1, numerics=numerics)
-    qkv_BTKE = constrain(qkv_BTKE, ("batch", "length", "kv_heads", "qkv"))
-    K, E = qkv_BTKE.shape[2:]
-    G = E // head_width - 2
-    q_BTNH = qkv_BTKE[..., : G * head_width].reshape(B, T, K * G, head_width)
-    k_BTKH = qkv_BTKE[..., G * head_width : (G + 1) * head_width]
-    v_BTKH = qkv_BTKE[..., (G + 1) * head_width :]
-    if "q_norm" in params:
-        q_BTNH = rms_norm(q_BTNH, params["q_norm"]["scale"], epsilon=norm_epsilon, offset=norm_offset)
-        k_BTKH = rms_norm(k_BTKH, params["k_norm"]["scale"], epsilon=norm_epsilon, offset=norm_offset)
-    if rotary_frequency_h is not None:
-        q_BTNH = rotary(q_BTNH, positions_BT, rotary_frequency_h)
-        k_BTKH = rotary(k_BTKH, positions_BT, rotary_frequency_h)
-    k_BSKH, v_BSKH = k_BTKH, v_BTKH
-    if cache is not None:
-        cache = cache.write(layer, k_BTKH, v_BTKH)
-        k_BSKH, v_BSKH = cache.read(layer, q_BTNH.dtype)
-    o_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask, scale=scale, softcap=softcap, numerics=numerics, dropout=dropout)
-    o_BTNH = constrain(o_BTNH, ("batch", "length", "heads", "head"))
-    return project(o_BTNH, params["out"], params.get("out_bias"), inputs=2, numerics=numerics), cache
+
+def _backward(
+    scale: float, numerics: Numerics, saved: tuple[Array, ...], do: Array
+) -> tuple[Array, Array, Array, None]:
+    """Of scores s: ds = p (dp - Σ p dp), where dp = do · vᵀ and Σ p dp = do · o (Dao et al. 2022, arXiv:2205.14135)."""
+    q, k, v, p, o = saved
+    meet = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1, keepdims=True)
+    ds = scale * p * (product(do, v, True, numerics) - meet)
+    ds = ds.astype(numerics.dtype)  # an operand of two products: cast once
+    dq = product(ds, k, False, numerics)
+    dk, dv = sum_of_rows(ds, q, numerics), sum_of_rows(p, do, numerics)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_attend.defvjp(_forward, _backward)

@@ -1,8 +1,8 @@
 """Head and loss together, a chunk of positions at a time: the logits never exist whole, forward or backward.
 
 Whole, they are the largest array of a step: a batch of 8 x 1024 tokens over 50 304 ids is 1.6 GB of float32, in several
-copies. Here the backward pass computes each chunk's logits again from what the head read, at the price of a fourth
-matrix product beside the three of the head (Chen et al. 2016, arXiv:1604.06174, on loss and head alone).
+copies. The loss of training is one weighted sum, so that the gradient of each chunk's logits is known as soon as they
+are: all gradients are made in the forward pass, by the three products of the head, and nothing is computed again.
 
 Shapes: B batch, T position, C positions of a row in a chunk, D model width, V vocabulary rows; G groups of rows of the
 batch, one a device that the batch is split over, and M = B/G · C positions of a group in a chunk.
@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lm.nn.head import finish_logits, lm_head, target_logit, token_ids, token_nll
+from lm.nn.head import finish_logits, lm_head, token_ids, token_losses, token_nll
 from lm.nn.layers import Constrain
-from lm.nn.matmul import Numerics, product
+from lm.nn.matmul import Numerics, product, sum_of_rows
 
 Array = jax.Array
 
@@ -60,8 +60,8 @@ def head_nll(
 ) -> Array:
     """nll_BT = logsumexp(logits) - logits[target], in nats, float32: `token_nll` of `lm_head`, chunk by chunk.
 
-    Products, bias, cap and padding are those of `lm_head`. The gradients of matrix and bias are summed over chunks in
-    float32. A chunk as long as the rows is `lm_head` and `token_nll` themselves.
+    Products, bias, cap and padding are those of `lm_head`. Its gradient computes every chunk again. A chunk as long as
+    the rows is `lm_head` and `token_nll` themselves.
 
     Args:
       params: the model's whole tree, as for `lm_head`.
@@ -69,30 +69,73 @@ def head_nll(
       targets_BT: int32 ids below `vocabulary`.
       chunk: C, at least 1. A row is cut along T, so that a split batch stays where it is.
     """
-    B, T, D = x_BTD.shape
-    assert chunk > 0
+    T = x_BTD.shape[1]
     if chunk >= T:
         logits_BTV = lm_head(
             params, x_BTD, vocabulary=vocabulary, softcap=softcap, numerics=numerics, constrain=constrain
         )
         return token_nll(logits_BTV, targets_BT)
-    head = params.get("head", {})
+    form, w, bias_V = _form(params, x_BTD, chunk, vocabulary, softcap, None, numerics, constrain)
+    return _losses(form, w, bias_V, form.pad(x_BTD), form.pad(targets_BT))[0][:, :T]
+
+
+def head_loss(
+    params: dict[str, Any],
+    x_BTD: Array,
+    targets_BT: Array,
+    weights_BT: Array,
+    *,
+    vocabulary: int,
+    softcap: float | None,
+    z_loss: float | None,
+    numerics: Numerics,
+    constrain: Constrain,
+    chunk: int,
+) -> tuple[Array, Array]:
+    """The objective, Σ weight · (nll + z_loss · log² Z), and Σ weight · nll in nats: float32 scalars.
+
+    Z = Σ exp(logits); holding log Z near 0 keeps the logits from drifting (PaLM, arXiv:2204.02311, section 5; ST-MoE,
+    arXiv:2202.08906, section 3.3, for routers). The gradients are the objective's; nats are a report and carry none.
+    Those of matrix and bias are summed over chunks in float32.
+
+    Args: as for `head_nll`, and
+      weights_BT: float32; constants.
+      z_loss: None: off, the objective is the nats.
+    """
+    T = x_BTD.shape[1]
+    if chunk >= T:
+        logits_BTV = lm_head(
+            params, x_BTD, vocabulary=vocabulary, softcap=softcap, numerics=numerics, constrain=constrain
+        )
+        return _weighted(*token_losses(logits_BTV, targets_BT), weights_BT, z_loss)
+    form, w, bias_V = _form(params, x_BTD, chunk, vocabulary, softcap, z_loss, numerics, constrain)
+    return _chunked_loss(form, w, bias_V, *(form.pad(x) for x in (x_BTD, targets_BT, weights_BT)))
+
+
+def _form(
+    params: dict[str, Any],
+    x_BTD: Array,
+    chunk: int,
+    vocabulary: int,
+    softcap: float | None,
+    z_loss: float | None,
+    numerics: Numerics,
+    constrain: Constrain,
+) -> tuple[_Form, Array, Array | None]:
+    """How the head is computed, its matrix and its bias."""
+    assert chunk > 0
+    head, chunks = params.get("head", {}), math.ceil(x_BTD.shape[1] / chunk)
     tied = "kernel" not in head
     w = params["embed"]["tokens"] if tied else head["kernel"]
-    chunks = math.ceil(T / chunk)
-    form = _Form(tied, vocabulary, softcap, numerics, constrain, batch_shards(constrain, B), chunks)
-    C = math.ceil(T / chunks)  # even chunks: fewer than `chunks` positions are padding
-
-    def padded(x: Array) -> Array:
-        return jnp.pad(x, ((0, 0), (0, chunks * C - T)) + ((0, 0),) * (x.ndim - 2))
-
-    return _chunked_nll(form, w, head.get("bias"), padded(x_BTD), padded(targets_BT))[:, :T]
+    groups = batch_shards(constrain, x_BTD.shape[0])
+    return _Form(tied, vocabulary, softcap, z_loss, numerics, constrain, groups, chunks), w, head.get("bias")
 
 
 class _Form(NamedTuple):
     tied: bool  # w is [V, D], else [D, V]
     vocabulary: int
     softcap: float | None
+    z_loss: float | None
     numerics: Numerics
     constrain: Constrain
     groups: int  # G
@@ -108,6 +151,11 @@ class _Form(NamedTuple):
         logits_GMV = self.constrain(product(x_GMD, w_G, self.tied, self.numerics), ("batch", "length", "vocab"))
         return finish_logits(logits_GMV, bias_V, vocabulary=self.vocabulary, softcap=self.softcap)
 
+    def pad(self, x_BT: Array) -> Array:
+        """[B, T, ...] to a T of even chunks: fewer than `chunks` positions are padding."""
+        longer = -x_BT.shape[1] % self.chunks
+        return jnp.pad(x_BT, ((0, 0), (0, longer)) + ((0, 0),) * (x_BT.ndim - 2))
+
     def cut(self, x_BT: Array, chunk: Array) -> Array:
         """[B, T, ...] to a chunk of it, [G, M, ...]. A group's rows are neighbours: nothing moves."""
         B, T = x_BT.shape[:2]
@@ -121,62 +169,81 @@ class _Form(NamedTuple):
         return parts.swapaxes(0, 1).reshape(rows, -1, *chunks_GM.shape[3:])
 
 
+def _losses(form: _Form, w: Array, bias_V: Array | None, x_BTD: Array, targets_BT: Array) -> tuple[Array, Array]:
+    """nll_BT and log Z, [B, T]."""
+    matrix = form.matrix(w)
+
+    @jax.checkpoint
+    def one(chunk: Array) -> tuple[Array, Array]:
+        return token_losses(form.logits(matrix, bias_V, form.cut(x_BTD, chunk)), form.cut(targets_BT, chunk))
+
+    nll, log_z = lax.map(one, jnp.arange(form.chunks))
+    return form.join(nll, x_BTD.shape[0]), form.join(log_z, x_BTD.shape[0])
+
+
+def _weighted(nll_BT: Array, log_z_BT: Array, weights_BT: Array, z_loss: float | None) -> tuple[Array, Array]:
+    nats = jnp.sum(nll_BT * weights_BT)
+    if z_loss is None:
+        return nats, nats
+    return nats + z_loss * jnp.sum(jnp.square(log_z_BT) * weights_BT), nats
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked_nll(form: _Form, w: Array, bias_V: Array | None, x_BTD: Array, targets_BT: Array) -> Array:
-    return _forward(form, w, bias_V, x_BTD, targets_BT)[0]
+def _chunked_loss(
+    form: _Form, w: Array, bias_V: Array | None, x_BTD: Array, targets_BT: Array, weights_BT: Array
+) -> tuple[Array, Array]:
+    return _weighted(*_losses(form, w, bias_V, x_BTD, targets_BT), weights_BT, form.z_loss)
 
 
 def _forward(
-    form: _Form, w: Array, bias_V: Array | None, x_BTD: Array, targets_BT: Array
-) -> tuple[Array, tuple[Array, Array | None, Array, Array, Array]]:
-    """nll_BT, and what the backward pass needs: the arguments and log Σ exp(logits), [B, T]."""
+    form: _Form, w: Array, bias_V: Array | None, x_BTD: Array, targets_BT: Array, weights_BT: Array
+) -> tuple[tuple[Array, Array], tuple[Array, Array | None, Array]]:
+    """The sums, and the gradients of the objective: of the matrix, the bias and x."""
     matrix = form.matrix(w)
 
-    def one(chunk: Array) -> tuple[Array, Array]:
-        logits_GMV = form.logits(matrix, bias_V, form.cut(x_BTD, chunk))
-        total_GM = jax.nn.logsumexp(logits_GMV, axis=-1)
-        return total_GM - target_logit(logits_GMV, form.cut(targets_BT, chunk)), total_GM
-
-    nll, total = lax.map(one, jnp.arange(form.chunks))
-    total_BT = form.join(total, x_BTD.shape[0])
-    return form.join(nll, x_BTD.shape[0]), (w, bias_V, x_BTD, targets_BT, total_BT)
-
-
-def _backward(
-    form: _Form, saved: tuple[Array, Array | None, Array, Array, Array], g_BT: Array
-) -> tuple[Array, Array | None, Array, None]:
-    """d nll / d logits = softmax(logits) - onehot(target), times the slope of the cap, 1 - tanh²."""
-    w, bias_V, x_BTD, targets_BT, total_BT = saved
-    matrix = form.matrix(w)
-
-    def add(sums: tuple[Array, Array | None], chunk: Array) -> tuple[tuple[Array, Array | None], Array]:
-        x_GMD = form.cut(x_BTD, chunk)
+    def add(sums: tuple[Array, Array | None], chunk: Array) -> tuple[tuple[Array, Array | None], tuple]:
+        x_GMD, targets_GM, weights_GM = (form.cut(v, chunk) for v in (x_BTD, targets_BT, weights_BT))
         logits_GMV = form.logits(matrix, bias_V, x_GMD)
-        d_GMV = _logits_gradient(form, logits_GMV, *(form.cut(v, chunk) for v in (targets_BT, total_BT, g_BT)))
+        nll_GM, log_z_GM = token_losses(logits_GMV, targets_GM)
+        d_GMV = _logits_gradient(form, logits_GMV, targets_GM, log_z_GM, weights_GM)
         w_G = jnp.broadcast_to(matrix[None], (form.groups, *matrix.shape))
         dx_GMD = product(d_GMV, w_G, not form.tied, form.numerics)
         left, right = (d_GMV, x_GMD) if form.tied else (x_GMD, d_GMV)
         dw_G, db_GV = sums
-        dw_G = _place(form, dw_G + product(left.swapaxes(1, 2), right, False, form.numerics))
+        dw_G = _place(form, dw_G + sum_of_rows(left, right, form.numerics))
         db_GV = None if db_GV is None else db_GV + jnp.sum(d_GMV, axis=1)
-        return (dw_G, db_GV), dx_GMD.astype(x_BTD.dtype)
+        return (dw_G, db_GV), (nll_GM, log_z_GM, dx_GMD.astype(x_BTD.dtype))
 
     # A sum a group: each device adds up its own rows, and the devices are summed once, after the last chunk.
     dw_G = _place(form, jnp.zeros((form.groups, *w.shape), jnp.float32))
     db_GV = None if bias_V is None else jnp.zeros((form.groups, *bias_V.shape), jnp.float32)
-    (dw_G, db_GV), dx = lax.scan(add, (dw_G, db_GV), jnp.arange(form.chunks))
-    db_V = None if bias_V is None or db_GV is None else db_GV.sum(0).astype(bias_V.dtype)
-    return dw_G.sum(0).astype(w.dtype), db_V, form.join(dx, x_BTD.shape[0]), None
+    (dw_G, db_GV), parts = lax.scan(add, (dw_G, db_GV), jnp.arange(form.chunks))
+    nll_BT, log_z_BT, dx_BTD = (form.join(part, x_BTD.shape[0]) for part in parts)
+    gradients = dw_G.sum(0), None if db_GV is None else db_GV.sum(0), dx_BTD
+    return _weighted(nll_BT, log_z_BT, weights_BT, form.z_loss), gradients
 
 
-_chunked_nll.defvjp(_forward, _backward)
+def _backward(
+    form: _Form, gradients: tuple[Array, Array | None, Array], cotangents: tuple[Array, Array]
+) -> tuple[Array, Array | None, Array, None, None]:
+    g, _ = cotangents  # of the objective: in training 1, which the compiler leaves out
+    dw, db_V, dx_BTD = gradients
+    return g * dw, None if db_V is None else g * db_V, (g * dx_BTD).astype(dx_BTD.dtype), None, None
 
 
-def _logits_gradient(form: _Form, logits_GMV: Array, targets_GM: Array, total_GM: Array, g_GM: Array) -> Array:
-    """The gradient of a head's product, before bias and cap."""
+_chunked_loss.defvjp(_forward, _backward)
+
+
+def _logits_gradient(form: _Form, logits_GMV: Array, targets_GM: Array, log_z_GM: Array, weights_GM: Array) -> Array:
+    """The gradient of a head's product, before bias and cap.
+
+    Of nll it is softmax(logits) - onehot(target), of log² Z 2 log Z · softmax; the cap has the slope 1 - tanh².
+    """
     ids_GMV = token_ids(logits_GMV)
-    softmax_GMV = jnp.exp(logits_GMV - total_GM[:, :, None])
-    d_GMV = (softmax_GMV - (ids_GMV == targets_GM[:, :, None])) * g_GM[:, :, None]
+    softmax_GMV = jnp.exp(logits_GMV - log_z_GM[:, :, None])
+    if form.z_loss is not None:
+        softmax_GMV = softmax_GMV * (1.0 + 2.0 * form.z_loss * log_z_GM)[:, :, None]
+    d_GMV = (softmax_GMV - (ids_GMV == targets_GM[:, :, None])) * weights_GM[:, :, None]
     if form.softcap is not None:
         slope_GMV = 1.0 - jnp.square(logits_GMV / form.softcap)
         d_GMV = jnp.where(ids_GMV < form.vocabulary, d_GMV * slope_GMV, 0.0)  # -inf past the vocabulary

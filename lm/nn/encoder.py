@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lm.config import LayerKind, ModelConfig
 from lm.nn import params as declare
-from lm.nn.attention import AttentionMask, self_attention, self_attention_specs
+from lm.nn.attention import Attend, AttentionMask
 from lm.nn.cache import KeyValueCache
 from lm.nn.layers import (
     Constrain,
@@ -22,11 +22,11 @@ from lm.nn.layers import (
     feed_forward,
     feed_forward_specs,
     llama3_frequencies,
-    norm,
-    norm_specs,
     rotary_frequencies,
 )
 from lm.nn.matmul import numerics
+from lm.nn.norms import norm, norm_specs
+from lm.nn.self_attention import self_attention, self_attention_specs
 
 Array = jax.Array
 EMBEDDING, PROBABILITIES, ATTENTION, HIDDEN, FEED_FORWARD = range(5)  # the sites of dropout
@@ -75,6 +75,7 @@ def encode(
     cfg: ModelConfig,
     dropout: Dropout | None,
     constrain: Constrain,
+    attend: Attend,
 ) -> tuple[Array, KeyValueCache | None]:
     """The stack: every layer in turn over parameters stacked as [L, ...], by scan or unrolled, to the same numbers.
 
@@ -87,7 +88,17 @@ def encode(
         x, cache = carry
         parameters, index = layer
         return encoder_layer(
-            parameters, x, positions_BT, mask, cache, index, kind=kind, cfg=cfg, dropout=dropout, constrain=constrain
+            parameters,
+            x,
+            positions_BT,
+            mask,
+            cache,
+            index,
+            kind=kind,
+            cfg=cfg,
+            dropout=dropout,
+            constrain=constrain,
+            attend=attend,
         )
 
     if cfg.remat:
@@ -123,6 +134,7 @@ def encoder_layer(
     cfg: ModelConfig,
     dropout: Dropout | None,
     constrain: Constrain,
+    attend: Attend,
 ) -> tuple[Array, KeyValueCache | None]:
     """Self-attention and feed-forward, each added to the residual stream; `layer` is its index in the stack.
 
@@ -156,6 +168,7 @@ def encoder_layer(
         numerics=numerics(cfg.compute_dtype),
         dropout=site(PROBABILITIES),
         constrain=constrain,
+        attend=attend,
         cache=cache,
         layer=layer,
     )
@@ -200,6 +213,12 @@ class Initializers(NamedTuple):
 
 def initializers(cfg: ModelConfig) -> Initializers:
     """The initializers of a config."""
+    drawn = _drawn(cfg)
+    zeros = {"out": lambda *_: declare.zeros, "down": lambda _: declare.zeros}
+    return drawn._replace(**zeros) if cfg.zero_init_outputs else drawn
+
+
+def _drawn(cfg: ModelConfig) -> Initializers:
     if cfg.initializer == "torch":  # the defaults of torch.nn.TransformerEncoderLayer; tables as the tutorial sets them
         linear = lambda inputs: declare.uniform(inputs**-0.5)  # noqa: E731
         xavier = lambda inputs, outputs: declare.uniform(math.sqrt(6 / (inputs + outputs)))  # noqa: E731

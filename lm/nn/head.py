@@ -66,7 +66,13 @@ def finish_logits(logits_BTV: Array, bias_V: Array | None, *, vocabulary: int, s
 
 def token_nll(logits_BTV: Array, targets_BT: Array) -> Array:
     """nll_BT = logsumexp(logits) - logits[target], in nats, float32."""
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - target_logit(logits_BTV, targets_BT)
+    return token_losses(logits_BTV, targets_BT)[0]
+
+
+def token_losses(logits_BTV: Array, targets_BT: Array) -> tuple[Array, Array]:
+    """`token_nll` and log Z = logsumexp(logits), [B, T], float32."""
+    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    return log_z_BT - target_logit(logits_BTV, targets_BT), log_z_BT
 
 
 def target_logit(logits_BTV: Array, targets_BT: Array) -> Array:

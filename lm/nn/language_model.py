@@ -13,14 +13,17 @@ import jax.numpy as jnp
 
 from lm.config import ModelConfig
 from lm.nn import params as declare
-from lm.nn.attention import AttentionMask
+from lm.nn.attention import Attend, AttentionMask
+from lm.nn.attention import attend as reference_attend
+from lm.nn.attention_backend import unplaced
 from lm.nn.cache import KeyValueCache
-from lm.nn.chunked_nll import batch_shards, chunk_length, head_nll
+from lm.nn.chunked_nll import batch_shards, chunk_length, head_loss, head_nll
 from lm.nn.embedding import embed, embedding_specs
 from lm.nn.encoder import EMBEDDING, encode, initializers, layer_specs
 from lm.nn.head import head_specs, lm_head
-from lm.nn.layers import Constrain, Dropout, drop, norm, norm_specs
+from lm.nn.layers import Constrain, Dropout, drop
 from lm.nn.matmul import numerics
+from lm.nn.norms import norm, norm_specs
 
 Array = jax.Array
 
@@ -83,22 +86,49 @@ def nll(
     cfg: ModelConfig,
     dropout_keys_B: Array | None,
     constrain: Constrain,
+    attend: Attend | None = None,
 ) -> Array:
-    """Negative log-likelihood of every target, nll_BT in nats, float32; what training and evaluation both sum."""
+    """Negative log-likelihood of every target, nll_BT in nats, float32."""
     x_BTD = forward(
-        params, tokens_BT, segments_BT, positions_BT, cfg=cfg, dropout_keys_B=dropout_keys_B, constrain=constrain
-    )
-    rows = x_BTD.shape[0] // batch_shards(constrain, x_BTD.shape[0])
-    return head_nll(
         params,
-        x_BTD,
-        targets_BT,
-        vocabulary=cfg.vocabulary,
-        softcap=cfg.logit_softcap,
-        numerics=numerics(cfg.compute_dtype),
+        tokens_BT,
+        segments_BT,
+        positions_BT,
+        cfg=cfg,
+        dropout_keys_B=dropout_keys_B,
         constrain=constrain,
-        chunk=chunk_length(rows, cfg.d_model, cfg.padded_vocabulary),
+        attend=attend,
     )
+    return head_nll(params, x_BTD, targets_BT, **_head(cfg, constrain, x_BTD.shape[0]))
+
+
+def loss(
+    params: dict[str, Any],
+    tokens_BT: Array,
+    targets_BT: Array,
+    weights_BT: Array,
+    segments_BT: Array | None,
+    positions_BT: Array,
+    *,
+    cfg: ModelConfig,
+    z_loss: float | None,
+    dropout_keys_B: Array | None,
+    constrain: Constrain,
+    attend: Attend | None = None,
+) -> tuple[Array, Array]:
+    """(objective, nats), summed over the batch with its weights: see `head_loss`. nats are those of `nll`."""
+    x_BTD = forward(
+        params,
+        tokens_BT,
+        segments_BT,
+        positions_BT,
+        cfg=cfg,
+        dropout_keys_B=dropout_keys_B,
+        constrain=constrain,
+        attend=attend,
+    )
+    options = _head(cfg, constrain, x_BTD.shape[0])
+    return head_loss(params, x_BTD, targets_BT, weights_BT, z_loss=z_loss, **options)
 
 
 def forward(
@@ -110,6 +140,7 @@ def forward(
     cfg: ModelConfig,
     dropout_keys_B: Array | None,
     constrain: Constrain,
+    attend: Attend | None = None,
 ) -> Array:
     """What the head reads, x_BTD, for rows of token ids.
 
@@ -122,9 +153,12 @@ def forward(
       cfg: a resolved config.
       dropout_keys_B: one PRNG key a row; None switches dropout off, as for evaluation.
       constrain: places an activation by the logical names of its axes.
+      attend: the attention back end; None: one that runs wherever the arrays are.
     """
     mask = AttentionMask(causal=True, query_segments_BT=segments_BT, key_segments_BS=segments_BT)
-    x_BTD, _ = _run(params, tokens_BT, positions_BT, mask, None, cfg, dropout_keys_B, constrain)
+    if attend is None:
+        attend = unplaced(cfg, tokens_BT.shape[1], dropout=dropout_keys_B is not None and cfg.dropout > 0)
+    x_BTD, _ = _run(params, tokens_BT, positions_BT, mask, None, cfg, dropout_keys_B, constrain, attend)
     return x_BTD
 
 
@@ -141,7 +175,8 @@ def forward_cached(
     """`forward` of the next T tokens of every row, which see what the cache holds: x_BTD and the longer cache."""
     cache = cache.mark(segments_BT)
     mask = AttentionMask(True, segments_BT, cache.segments_BS, query_offset=cache.length)
-    x_BTD, written = _run(params, tokens_BT, positions_BT, mask, cache, cfg, None, constrain)
+    # The reference: a new token has but one row of scores, and the kernels don't know a cache.
+    x_BTD, written = _run(params, tokens_BT, positions_BT, mask, cache, cfg, None, constrain, reference_attend)
     assert written is not None
     return x_BTD, written.advance(tokens_BT.shape[1])
 
@@ -158,6 +193,18 @@ def logits(params: dict[str, Any], x_BTD: Array, *, cfg: ModelConfig, constrain:
     )
 
 
+def _head(cfg: ModelConfig, constrain: Constrain, rows: int) -> dict[str, Any]:
+    """How the head and its loss are computed for a batch of `rows`."""
+    chunk = chunk_length(rows // batch_shards(constrain, rows), cfg.d_model, cfg.padded_vocabulary)
+    return {
+        "vocabulary": cfg.vocabulary,
+        "softcap": cfg.logit_softcap,
+        "numerics": numerics(cfg.compute_dtype),
+        "constrain": constrain,
+        "chunk": chunk,
+    }
+
+
 def _run(
     params: dict[str, Any],
     tokens_BT: Array,
@@ -167,6 +214,7 @@ def _run(
     cfg: ModelConfig,
     dropout_keys_B: Array | None,
     constrain: Constrain,
+    attend: Attend,
 ) -> tuple[Array, KeyValueCache | None]:
     dropout = Dropout(cfg.dropout, dropout_keys_B) if dropout_keys_B is not None and cfg.dropout else None
     x_BTD = embed(
@@ -179,7 +227,7 @@ def _run(
     x_BTD = drop(x_BTD, None if dropout is None else dropout.at(cfg.num_layers, EMBEDDING))
     x_BTD = constrain(x_BTD, ("batch", "length", "width"))
     x_BTD, cache = encode(
-        params["layers"], x_BTD, positions_BT, mask, cache, cfg=cfg, dropout=dropout, constrain=constrain
+        params["layers"], x_BTD, positions_BT, mask, cache, cfg=cfg, dropout=dropout, constrain=constrain, attend=attend
     )
     if cfg.norm_position != "post":
         x_BTD = norm(params["norm"], x_BTD, kind=cfg.norm, epsilon=cfg.norm_epsilon, offset=cfg.norm_offset)

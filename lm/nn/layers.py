@@ -1,4 +1,4 @@
-"""Norms, positions, dropout and the feed-forward block.
+"""Positions, dropout and the feed-forward block.
 
 Shapes: B batch, T position, D model width, N heads, H head width, F feed-forward width.
 """
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.config import GATED
-from lm.nn import params as declare
+from lm.nn.activations import ACTIVATIONS
 from lm.nn.matmul import Numerics, project
 from lm.nn.params import ParamSpec
 
@@ -42,40 +42,6 @@ def drop(x: Array, dropout: Dropout | None) -> Array:
         return x
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - dropout.rate, x.shape[1:]))(dropout.keys_B)
     return jnp.where(keep, x / (1.0 - dropout.rate), 0).astype(x.dtype)
-
-
-def norm_specs(width: int, *, kind: str, bias: bool, offset: bool) -> dict[str, ParamSpec]:
-    """`offset`: as in `rms_norm`; either way the norm is drawn as the one that multiplies by 1."""
-    specs = {"scale": ParamSpec((width,), ("norm",), declare.zeros if offset else declare.ones)}
-    if kind == "layernorm" and bias:
-        specs["bias"] = ParamSpec((width,), ("norm",), declare.zeros)
-    return specs
-
-
-def norm(params: dict[str, Any], x_BTD: Array, *, kind: str, epsilon: float, offset: bool) -> Array:
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019), as `kind` says, in x's dtype."""
-    if kind == "rmsnorm":
-        return rms_norm(x_BTD, params["scale"], epsilon=epsilon, offset=offset)
-    assert not offset, "LayerNorm has no offset"
-    return layer_norm(x_BTD, params["scale"], params.get("bias"), epsilon=epsilon)
-
-
-def rms_norm(x: Array, scale: Array, *, epsilon: float, offset: bool) -> Array:
-    """x / sqrt(mean(x²) + epsilon) · scale over the last axis; with `offset` · (1 + scale), as in Gemma."""
-    wide = x.astype(jnp.float32)  # float32: a mean of squares over the width loses its digits in bfloat16
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
-    return (wide * _last(1.0 + scale if offset else scale, x.ndim)).astype(x.dtype)
-
-
-def layer_norm(x: Array, scale: Array, bias: Array | None, *, epsilon: float) -> Array:
-    """(x - mean) / sqrt(var + epsilon) · scale + bias over the last axis."""
-    wide = x.astype(jnp.float32)  # float32: as in rms_norm
-    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
-    wide = wide * _last(scale, x.ndim)
-    if bias is not None:
-        wide = wide + _last(bias, x.ndim)
-    return wide.astype(x.dtype)
 
 
 def rotary_frequencies(head_width: int, *, base: float) -> Array:
@@ -112,16 +78,6 @@ def sinusoidal(positions_BT: Array, width: int) -> Array:
     frequency_d = jnp.exp(jnp.arange(0, width, 2, dtype=jnp.float32) * (-math.log(10_000.0) / width))
     angle_BTd = positions_BT[:, :, None].astype(jnp.float32) * frequency_d.reshape(1, 1, -1)
     return jnp.stack([jnp.sin(angle_BTd), jnp.cos(angle_BTd)], axis=-1).reshape(*positions_BT.shape, width)
-
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-    "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, arXiv:2109.08668
-    "swiglu": jax.nn.silu,  # of the gate, as the next: Shazeer 2020, arXiv:2002.05202
-    "geglu": lambda x: jax.nn.gelu(x, approximate=True),
-}
 
 
 def feed_forward_specs(
@@ -161,7 +117,3 @@ def feed_forward(
         hidden_BTF = ACTIVATIONS[activation](hidden_BTF)
     hidden_BTF = drop(constrain(hidden_BTF, ("batch", "length", "mlp")), dropout)
     return linear(hidden_BTF, params["down"], params.get("down_bias"))
-
-
-def _last(vector: Array, ndim: int) -> Array:
-    return vector.reshape((1,) * (ndim - 1) + vector.shape)

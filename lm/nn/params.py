@@ -21,13 +21,15 @@ class ParamSpec(NamedTuple):
     """One parameter. `shape` and `axes` (logical names, see `lm/parallel.py`) go together.
 
     `inputs` is how many leading axes (after "layers") a matrix is contracted over: w_DF has 1, w_NHD has 2, a table
-    indexed by its first axis 1. None for what only scales or shifts (norms, biases).
+    indexed by its first axis 1. None for what only scales or shifts (norms, biases). `pieces` are the widths along the
+    last axis of the matrices that one array holds side by side; () where it holds one.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     init: Initializer
     inputs: int | None = None
+    pieces: tuple[int, ...] = ()
 
 
 Specs = Mapping[str, Any]  # a nested dict whose leaves are ParamSpec
@@ -59,7 +61,7 @@ def stack(specs: Specs, layers: int) -> Any:
         def init(key: Array, shape: tuple[int, ...]) -> Array:
             return jax.vmap(lambda k: spec.init(k, shape[1:]))(jax.random.split(key, shape[0]))
 
-        return ParamSpec((layers, *spec.shape), ("layers", *spec.axes), init, spec.inputs)
+        return spec._replace(shape=(layers, *spec.shape), axes=("layers", *spec.axes), init=init)
 
     return map_specs(stacked, specs)
 

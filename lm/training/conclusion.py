@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from lm import generation
+from lm import compilation, generation
 from lm.checkpoint import Loaded
 from lm.data.corpus import Corpus
 from lm.data.tokenizer import Tokenizer
@@ -60,7 +60,8 @@ def final_evaluation(run: Loaded, start: Start, workdir: Path, say: Callable[[st
         if found["model"]["params_sha256"] == params_sha256 and protocols == wanted:
             say(f"complete   {workdir} has used up its budget; a run by --training.steps goes on with more of them")
             return found
-    scores = {name: score(run, each, mesh) for name, each in evaluators.items()}
+    with compilation.said("the final evaluation", say):
+        scores = {name: score(run, each, mesh) for name, each in evaluators.items()}
     result = scores[first].to_dict()
     result["model"]["params_sha256"] = params_sha256
     result["compressors_bits_per_byte"] = _yardsticks(start.validation[first])

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm.config import RunConfig
+from lm.config import InputError, RunConfig
 from lm.data.pipeline import Batch
 from lm.evaluation.perplexity import Scores
 from lm.training.budget import Budget
@@ -65,12 +65,14 @@ def train(
 
     Returns:
       The last state, its step, and the seconds of training.
+
+    Raises InputError, after saving, where more than `training.max_skipped_steps` steps in a row were not finite.
     """
     clock = Clock(seconds)
     log = _Log(cfg, hands.write, tokens_per_step, flops_per_token, peak_flops)
     saved: int | None = step if step else None
     scores: dict[str, Scores] | None = None
-    while not budget.done(step, clock.seconds()) and stop.signal is None:
+    while not budget.done(step, clock.seconds()) and stop.signal is None and not log.diverged:
         progress = np.float32(budget.progress(step, clock.seconds()))
         batch = log.timed(hands.batches)
         state, sums = hands.step(state, batch, progress)
@@ -79,7 +81,7 @@ def train(
         scores = None
         if _due(step, cfg.evaluation.every_steps):
             log.flush(clock)
-            scores = hands.evaluate(state.params)
+            scores = hands.evaluate(state.evaluated)
             hands.write({"step": step, **summary(scores)})
         nats = math.inf if scores is None else next(iter(scores.values())).nats_per_token
         better = nats < best  # never where it is NaN
@@ -95,6 +97,13 @@ def train(
     jax.block_until_ready(state)
     if saved != step:
         hands.save(step, state, clock.seconds(), scores)
+    if log.diverged:
+        raise InputError(
+            f"diverged: the loss or the gradients of more than {cfg.training.max_skipped_steps} steps in a row are not "
+            f"finite. None of these steps changed the weights, which are saved as step {step}. Lower "
+            "optimizer.learning_rate or set optimizer.clip_norm, in another --workdir; training.max_skipped_steps "
+            "says how many such steps are skipped before a run is given up"
+        )
     return state, step, clock.seconds()
 
 
@@ -121,12 +130,14 @@ class _Log:
         peak: float | None,
     ):
         self.write, self.flops_per_token, self.peak = write, flops_per_token, peak
-        self.every_steps = cfg.observe.every_steps
+        self.every_steps, self.max_skipped_steps = cfg.observe.every_steps, cfg.training.max_skipped_steps
+        self.z_loss = cfg.training.z_loss
         self.tokens_per_step = tokens_per_step
         self.held: tuple[int, Sums] | None = None
         self.since = time.perf_counter()
         self.steps_since = 0
         self.waited = 0.0
+        self.diverged = False
 
     def timed(self, batches: Iterator[Batch]) -> Batch:
         """The next batch; how long it took is logged."""
@@ -148,17 +159,22 @@ class _Log:
         self.held = None
         sums = jax.device_get(sums)
         self.steps_since += 1
+        self.diverged = int(sums.skipped.in_a_row) > self.max_skipped_steps
         if not _due(step, self.every_steps):
             return
         elapsed = time.perf_counter() - self.since
         rate = self.steps_since * self.tokens_per_step / elapsed
+        tokens = max(float(sums.tokens), 1.0)
+        objective = {} if self.z_loss is None else {"train/objective": float(sums.objective) / tokens}
         self.write(
             {
                 "step": step,
                 "tokens": step * self.tokens_per_step,
                 "seconds": clock.seconds(),
-                "train/loss": float(sums.nats) / max(float(sums.tokens), 1.0),
+                "train/loss": float(sums.nats) / tokens,
+                **objective,
                 "train/grad_norm": float(sums.grad_norm),
+                "train/skipped": int(sums.skipped.total),
                 "train/learning_rate": float(sums.learning_rate),
                 "train/tokens_per_second": rate,
                 "train/data_seconds": self.waited / self.steps_since,

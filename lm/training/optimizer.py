@@ -1,30 +1,52 @@
-"""The optimizer and its learning-rate schedule, from Optax."""
+"""The optimizers, from Optax; Muon's orthogonalisation is in `lm/training/muon.py`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from lm.config import OptimizerConfig
-from lm.nn.params import Specs, map_specs
+from lm.nn.matmul import numerics
+from lm.nn.params import ParamSpec, Specs, map_specs
+from lm.training.muon import scale_by_muon
 
 Array = jax.Array
 
 
-def make_optimizer(cfg: OptimizerConfig, specs: Specs) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW (Loshchilov & Hutter 2019), for a learning rate of 1.
+def make_optimizer(cfg: OptimizerConfig, specs: Specs, mesh: Mesh | None = None) -> optax.GradientTransformation:
+    """Clipping by global norm, the rule, decoupled weight decay and the groups' factors, for a learning rate of 1.
 
     `apply_updates` brings the learning rate in, which depends on the budget as well as on the step.
+
+    Args:
+      mesh: where the parameters lie; Muon shares its layers out over it. None: on one device, or under pmap.
     """
-    rules = {"adamw": lambda: optax.scale_by_adam(b1=cfg.beta1, b2=cfg.beta2, eps=cfg.epsilon)}
-    return optax.chain(
+    factors = {"embedding": cfg.embedding_factor, "head": cfg.head_factor, "vector": cfg.vector_factor}
+    parts = [
         optax.identity() if cfg.clip_norm is None else optax.clip_by_global_norm(cfg.clip_norm),
-        rules[cfg.name](),
+        _RULES[cfg.name](cfg, specs, mesh),
         optax.add_decayed_weights(cfg.weight_decay, mask=decay_mask(specs)),
-    )
+    ]
+    if set(factors.values()) != {1.0}:
+        each = map_specs(lambda spec: factors.get(group(spec), 1.0), specs)
+        parts.append(optax.stateless(lambda updates, _: jax.tree.map(lambda u, factor: factor * u, updates, each)))
+    return optax.chain(*parts)
+
+
+def group(spec: ParamSpec) -> str:
+    """What a parameter is to the optimizer: a "matrix" of the layers, an "embedding" table, the "head" or a "vector".
+
+    A table that is the head too is an embedding. Vectors are all that only scales or shifts: norms and biases.
+    """
+    if spec.inputs is None:
+        return "vector"
+    if spec.axes[0] == "layers":
+        return "matrix"
+    return "head" if spec.axes[-1] == "vocab" else "embedding"
 
 
 def decay_mask(specs: Specs) -> Any:
@@ -32,18 +54,47 @@ def decay_mask(specs: Specs) -> Any:
     return map_specs(lambda spec: spec.inputs is not None, specs)
 
 
-def learning_rate(cfg: OptimizerConfig, step: Array, progress: Array) -> Array:
-    """Linear warmup, then a cosine to `final_learning_rate` (Loshchilov & Hutter 2017, arXiv:1608.03983).
-
-    Args:
-      step: updates done so far; update n of the warmup uses n / warmup_steps of the peak.
-      progress: part of the budget after the warmup that is used up, 0 to 1 (see `Budget.progress`).
-    """
-    warmup = optax.linear_schedule(0.0, 1.0, max(cfg.warmup_steps, 1))(step + 1)
-    decay = optax.cosine_decay_schedule(1.0, 1, alpha=cfg.final_learning_rate)(progress)
-    return jnp.asarray(cfg.learning_rate * warmup * decay, jnp.float32)
-
-
 def apply_updates(params: Any, updates: Any, rate: Array) -> Any:
     """params - rate · updates."""
     return jax.tree.map(lambda p, u: p - rate * u, params, updates)
+
+
+def _adamw(cfg: OptimizerConfig, specs: Specs, mesh: Mesh | None) -> optax.GradientTransformation:
+    """Loshchilov & Hutter 2019, arXiv:1711.05101."""
+    return optax.scale_by_adam(b1=cfg.beta1, b2=cfg.beta2, eps=cfg.epsilon)
+
+
+def _muon(cfg: OptimizerConfig, specs: Specs, mesh: Mesh | None) -> optax.GradientTransformation:
+    """Muon for the matrices of the layers, AdamW for embeddings, head and vectors."""
+    matrices = scale_by_muon(
+        specs,
+        momentum=cfg.momentum,
+        steps=cfg.newton_schulz_steps,
+        numerics=numerics(cfg.newton_schulz_dtype),
+        mesh=mesh,
+    )
+    labels = map_specs(lambda spec: "matrices" if group(spec) == "matrix" else "others", specs)
+    return optax.partition({"matrices": matrices, "others": _adamw(cfg, specs, mesh)}, labels)
+
+
+def _lion(cfg: OptimizerConfig, specs: Specs, mesh: Mesh | None) -> optax.GradientTransformation:
+    """Chen et al. 2023, arXiv:2302.06675."""
+    return optax.scale_by_lion(b1=cfg.beta1, b2=cfg.beta2)
+
+
+def _adafactor(cfg: OptimizerConfig, specs: Specs, mesh: Mesh | None) -> optax.GradientTransformation:
+    """Shazeer & Stern 2018, arXiv:1804.04235: factored second moments, clipped and relative updates, no momentum."""
+    return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms())
+
+
+def _sgd(cfg: OptimizerConfig, specs: Specs, mesh: Mesh | None) -> optax.GradientTransformation:
+    return optax.trace(cfg.beta1) if cfg.beta1 else optax.identity()
+
+
+_RULES: dict[str, Callable[[OptimizerConfig, Specs, Mesh | None], optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "muon": _muon,
+    "lion": _lion,
+    "adafactor": _adafactor,
+    "sgd": _sgd,
+}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import math
 import platform
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
@@ -17,21 +16,23 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from lm import checkpoint
+from lm import checkpoint, compilation
 from lm.checkpoint import CheckpointWriter
 from lm.data.pipeline import Batch
 from lm.evaluation.perplexity import Evaluator, Scores
 from lm.manifest import read_manifest
 from lm.nn.language_model import model_specs
-from lm.parallel import constrainer, make_mesh, own_rows, put_rows
+from lm.parallel import make_mesh, own_rows, put_rows
 from lm.run_directory import BEST
-from lm.training import loop
+from lm.sharded_attention import choice
+from lm.training import loop, transfers
 from lm.training.flops import flops_per_token, peak_flops
+from lm.training.lowering import lower_step
 from lm.training.optimizer import make_optimizer
+from lm.training.profile import traced
 from lm.training.signals import StopRequest
 from lm.training.start import Start
 from lm.training.state import TrainState, abstract_state, create_state, state_of
-from lm.training.step import train_step
 from lm.training.texts import Say
 
 
@@ -44,25 +45,29 @@ def run(start: Start, workdir: Path, *, write: Callable[[dict[str, Any]], None],
     """
     cfg = start.config
     mesh = make_mesh(cfg.parallel)
-    optimizer = make_optimizer(cfg.optimizer, model_specs(cfg.model))
+    optimizer = make_optimizer(cfg.optimizer, model_specs(cfg.model), mesh)
     state, seconds = _initial_state(start, optimizer, mesh)
     step = start.step
     if start.budget.done(step, seconds):
         return
     say(f"resuming from step {step}" if start.resume_from else f"starting   a new run in {workdir}")
-    run_step = _compile(start, optimizer, mesh, say)
-    with CheckpointWriter(
-        workdir,
-        config=cfg,
-        save_tokenizer=start.tokenizer.save,
-        provenance=start.provenance,
-        keep=cfg.checkpoint.keep,
-    ) as checkpoints:
+    run_step = transfers.placing_progress(_compile(start, optimizer, mesh, say), mesh)
+    with (
+        CheckpointWriter(
+            workdir,
+            config=cfg,
+            save_tokenizer=start.tokenizer.save,
+            provenance=start.provenance,
+            keep=cfg.checkpoint.keep,
+        ) as checkpoints,
+        traced(run_step, workdir, say) if cfg.observe.profile else contextlib.nullcontext(run_step) as run_step,
+        transfers.none_hidden(mesh),
+    ):
         write({"start": _describe(start, mesh)})  # after the config is there: what has metrics is a run
 
+        @transfers.freely
         def save(step: int, state: TrainState, seconds: float, scores: dict[str, Scores] | None) -> None:
-            rest = {"step": state.step, "seconds": np.float64(seconds)}
-            items = {"params": state.params, "opt_state": state.opt_state, "rest": rest}
+            items = state.items(np.float64(seconds))
             checkpoints.save(step, items, None if scores is None else loop.summary(scores))
 
         peak = peak_flops(mesh.devices.flat[0])
@@ -73,7 +78,7 @@ def run(start: Start, workdir: Path, *, write: Callable[[dict[str, Any]], None],
             _best_nats(workdir),
             cfg=cfg,
             budget=start.budget,
-            hands=loop.Hands(run_step, _batches(start, step, mesh), _evaluate(start, mesh), save, write),
+            hands=loop.Hands(run_step, _batches(start, step, mesh), _evaluate(start, mesh, say), save, write),
             tokens_per_step=start.pipeline.tokens_per_step,
             flops_per_token=flops_per_token(cfg.model, cfg.data.context),
             peak_flops=None if peak is None else peak * mesh.size,
@@ -81,10 +86,16 @@ def run(start: Start, workdir: Path, *, write: Callable[[dict[str, Any]], None],
         )
 
 
-def _evaluate(start: Start, mesh: Mesh) -> Callable[[Any], dict[str, Scores]]:
+def _evaluate(start: Start, mesh: Mesh, say: Say) -> Callable[[Any], dict[str, Scores]]:
     """The evaluation in the loop, of all validation texts by their names."""
     evaluators = {name: evaluator(start, name, mesh, in_loop=True) for name in start.validation}
-    return lambda params: {name: each(params) for name, each in evaluators.items()}
+
+    @transfers.freely
+    def evaluate(params: Any) -> dict[str, Scores]:
+        with compilation.said("the evaluation", say):
+            return {name: each(params) for name, each in evaluators.items()}
+
+    return evaluate
 
 
 def evaluator(start: Start, name: str, mesh: Mesh, *, in_loop: bool) -> Evaluator:
@@ -111,23 +122,25 @@ def _initial_state(start: Start, optimizer: optax.GradientTransformation, mesh: 
             return state_of(start.initial.take(), start.config, optimizer, mesh), 0.0
         return create_state(start.config, optimizer, mesh), 0.0
     target = abstract_state(start.config, optimizer, mesh)
-    rest = {"step": target.step, "seconds": jax.ShapeDtypeStruct((), np.float64)}
-    items = {"params": target.params, "opt_state": target.opt_state, "rest": rest}
-    found = checkpoint.restore(start.resume_from, items)
-    state = TrainState(found["rest"]["step"], found["params"], found["opt_state"])
+    items = target.items(jax.ShapeDtypeStruct((), np.float64))
+    there = checkpoint.entries(start.resume_from, "rest")
+    rest = {name: like for name, like in items["rest"].items() if name in there}
+    missing = {name: like for name, like in items["rest"].items() if name not in there}  # counts: it is an older one
+    found = checkpoint.restore(start.resume_from, {**items, "rest": rest})
+    found["rest"] |= {name: jax.device_put(np.zeros((), x.dtype), x.sharding) for name, x in missing.items()}
+    state = TrainState.of_items(found)
     assert int(state.step) == start.step, (int(state.step), start.step)
     return state, float(found["rest"]["seconds"])
 
 
 def _compile(start: Start, optimizer: optax.GradientTransformation, mesh: Mesh, say: Say) -> Callable:
     """The training step, compiled before the first one; the state is donated to it."""
-    began = time.perf_counter()
-    step = functools.partial(train_step, cfg=start.config, optimizer=optimizer, constrain=constrainer(mesh))
-    state = abstract_state(start.config, optimizer, mesh)
+    cfg = start.config
+    attention = choice(cfg.model, mesh, length=cfg.data.context, training=True)
+    say(f"attention  {attention.name}: {attention.reason}")
     batch = put_rows(mesh, start.pipeline.batch_at(0, own_rows(mesh, start.pipeline.batch_size)))
-    compiled = jax.jit(step, donate_argnums=0).lower(state, batch, np.float32(0)).compile()
-    say(f"compiled   the training step in {time.perf_counter() - began:.1f} s")
-    return compiled
+    with compilation.said("the training step", say):
+        return lower_step(cfg, optimizer, mesh, batch).compile()
 
 
 def _batches(start: Start, step: int, mesh: Mesh) -> Iterator[Batch]:

@@ -24,6 +24,7 @@ from lm.manifest import read_manifest
 from lm.nn.language_model import model_specs
 from lm.parallel import check_batch, make_mesh, parameter_shardings
 from lm.run_directory import CONFIG
+from lm.sharded_attention import choice
 from lm.training.budget import Budget
 from lm.training.texts import (
     Progress,
@@ -92,6 +93,8 @@ def prepare(
     _check_extras(config)
     mesh = make_mesh(config.parallel)
     check_batch(config.training.batch_size, config.training.gradient_accumulation, mesh)
+    choice(config.model, mesh, length=config.data.context, training=True)  # raises where that back end can't
+    choice(config.model, mesh, length=config.evaluation.window or config.data.context, training=False)
     resume_from = _checkpoint_to_continue(config, workdir, say)
     splits = splits_of(config)
     tokenizer = initial.tokenizer if initial is not None else tokenizer_of(config, splits, resume_from, progress)

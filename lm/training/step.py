@@ -5,6 +5,7 @@ Shapes: B rows of the global batch, T position, A micro-batches, b = B / A rows 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -14,23 +15,28 @@ import optax
 from lm.config import ModelConfig, RunConfig
 from lm.data.pipeline import Batch
 from lm.nn import language_model
+from lm.nn.attention import Attend
 from lm.nn.layers import Constrain
-from lm.training.optimizer import apply_updates, learning_rate
-from lm.training.state import TrainState
+from lm.training.optimizer import apply_updates
+from lm.training.schedule import learning_rate
+from lm.training.state import Skipped, TrainState
 
 Array = jax.Array
 
 
 class Sums(NamedTuple):
-    """What a step reports; all float32 scalars.
+    """What a step reports; scalars, float32 but for the counts.
 
-    nats: Σ weight · nll of the batch before the update. tokens: Σ weight. grad_norm: global norm before clipping.
+    objective: what the gradients are of, Σ weight · (nll + z_loss · log² Z). nats: Σ weight · nll of the batch before
+    the update. tokens: Σ weight. grad_norm: global norm before clipping. skipped: as in the state after the step.
     """
 
+    objective: Array
     nats: Array
     tokens: Array
     grad_norm: Array
     learning_rate: Array
+    skipped: Skipped
 
 
 def train_step(
@@ -41,36 +47,65 @@ def train_step(
     cfg: RunConfig,
     optimizer: optax.GradientTransformation,
     constrain: Constrain,
+    attend: Attend | None = None,
 ) -> tuple[TrainState, Sums]:
-    """One update: the gradient of Σ nats / Σ tokens over the global batch.
+    """One update: the gradient of Σ objective / Σ tokens over the global batch.
 
     The sums are divided once, after accumulation and after the reduction over devices, so neither changes the update.
+    A step whose loss or gradients are not finite changes nothing but the counts.
     """
     keys_B = _dropout_keys(cfg, state.step, batch.tokens_BT.shape[0])
-    nats, gradients = _accumulate(state.params, batch, keys_B, cfg, constrain)
+    (objective, nats), gradients = _accumulate(state.params, batch, keys_B, cfg, constrain, attend)
     tokens = jnp.sum(batch.weights_BT)
     gradients = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1.0), gradients)
+    norm = optax.tree.norm(gradients)
+    finite = jnp.isfinite(norm) & jnp.isfinite(objective)  # the norm is not where any gradient is not
     rate = learning_rate(cfg.optimizer, state.step, progress)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    sums = Sums(nats, tokens, optax.tree.norm(gradients), rate)
-    return TrainState(state.step + 1, apply_updates(state.params, updates, rate), opt_state), sums
+    params = apply_updates(state.params, updates, rate)
+    ema = None if state.ema is None else _average(state.ema, params, cfg.training.ema_decay, state.step)
+    params, opt_state, ema = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, opt_state, ema),
+        (state.params, state.opt_state, state.ema),
+    )
+    skipped = Skipped(state.skipped.total + ~finite, jnp.where(finite, 0, state.skipped.in_a_row + 1))
+    sums = Sums(objective, nats, tokens, norm, rate, skipped)
+    return TrainState(state.step + 1, params, opt_state, ema, skipped), sums
 
 
-def sum_nats(
-    params: Any, batch: Batch, dropout_keys_B: Array | None, *, cfg: ModelConfig, constrain: Constrain
-) -> Array:
-    """Σ weight · nll over a batch, in nats."""
-    nll_BT = language_model.nll(
+def batch_loss(
+    params: Any,
+    batch: Batch,
+    dropout_keys_B: Array | None,
+    *,
+    cfg: ModelConfig,
+    z_loss: float | None,
+    constrain: Constrain,
+    attend: Attend | None = None,
+) -> tuple[Array, Array]:
+    """(objective, nats) of a batch, summed over its tokens by their weights."""
+    return language_model.loss(
         params,
         batch.tokens_BT,
         batch.targets_BT,
+        batch.weights_BT,
         batch.segments_BT,
         batch.positions_BT,
         cfg=cfg,
+        z_loss=z_loss,
         dropout_keys_B=dropout_keys_B,
         constrain=constrain,
+        attend=attend,
     )
-    return jnp.sum(nll_BT * batch.weights_BT)
+
+
+def _average(ema: Any, params: Any, decay: float | None, step: Array) -> Any:
+    """ema + (1 - d) (params - ema), with d = min(decay, (1 + step) / (10 + step)): what is drawn at the start is soon
+    forgotten (as TensorFlow's ExponentialMovingAverage has it)."""
+    assert decay is not None
+    gain = 1.0 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda e, p: e + gain * (p - e), ema, params)
 
 
 def _dropout_keys(cfg: RunConfig, step: Array, rows: int) -> Array | None:
@@ -82,12 +117,13 @@ def _dropout_keys(cfg: RunConfig, step: Array, rows: int) -> Array | None:
 
 
 def _accumulate(
-    params: Any, batch: Batch, keys_B: Array | None, cfg: RunConfig, constrain: Constrain
-) -> tuple[Array, Any]:
-    """The sum of nats and its gradient, over `gradient_accumulation` micro-batches one after another."""
+    params: Any, batch: Batch, keys_B: Array | None, cfg: RunConfig, constrain: Constrain, attend: Attend | None
+) -> tuple[tuple[Array, Array], Any]:
+    """(objective, nats) and the objective's gradient, over `gradient_accumulation` micro-batches one after another."""
+    loss = functools.partial(batch_loss, cfg=cfg.model, z_loss=cfg.training.z_loss, constrain=constrain, attend=attend)
 
-    def sums(batch_b: Batch, keys_b: Array | None) -> tuple[Array, Any]:
-        return jax.value_and_grad(sum_nats)(params, batch_b, keys_b, cfg=cfg.model, constrain=constrain)
+    def sums(batch_b: Batch, keys_b: Array | None) -> tuple[tuple[Array, Array], Any]:
+        return jax.value_and_grad(loss, has_aux=True)(params, batch_b, keys_b)
 
     micro_batches = cfg.training.gradient_accumulation
     if micro_batches == 1:
@@ -97,8 +133,9 @@ def _accumulate(
         # Micro-batch a takes rows a, a + A, ...: each device cuts its own rows and nothing moves.
         return x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:]).swapaxes(0, 1)
 
-    def add(total: tuple[Array, Any], micro: tuple[Batch, Array | None]) -> tuple[tuple[Array, Any], None]:
+    def add(total: tuple[tuple[Array, Array], Any], micro: tuple[Batch, Array | None]) -> tuple[tuple, None]:
         return jax.tree.map(jnp.add, total, sums(*micro)), None
 
-    zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+    nothing = jnp.zeros((), jnp.float32)
+    zero = ((nothing, nothing), jax.tree.map(jnp.zeros_like, params))
     return jax.lax.scan(add, zero, jax.tree.map(cut, (batch, keys_B)))[0]

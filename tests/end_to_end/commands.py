@@ -71,8 +71,6 @@ def start(arguments: Sequence[str], *, devices: int = 1, **environment: str) -> 
     settings = {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_COMPILATION_CACHE_DIR": str(Path(os.environ["LM_CACHE"]) / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         "COLUMNS": "200",
         **environment,
     }

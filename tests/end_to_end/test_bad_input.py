@@ -56,6 +56,12 @@ CASES = [
         ("training.gradient_accumulation 2", "training.batch_size 9"),
     ),
     Case("heads that don't divide the width", "--model.num-heads 5", ("model.num_heads 5", "model.d_model 32")),
+    Case(
+        "attention of another device",
+        "--model.attention cudnn --model.compute-dtype bfloat16 --model.dropout 0",
+        ("model.attention is 'cudnn'", "this is a cpu", "'auto'"),
+    ),
+    Case("attention without dropout", "--model.attention blockwise", ("'blockwise'", "model.dropout 0.1", "'auto'")),
     Case("mesh that doesn't fit the devices", "--parallel.fsdp 3", ("fsdp 3", "1 device")),
     Case(
         "width that the mesh doesn't divide",

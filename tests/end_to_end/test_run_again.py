@@ -35,11 +35,15 @@ def test_a_complete_run_says_so_and_changes_nothing(finished):
 def test_more_steps_continue_and_free_fields_may_change(copied):
     free = {"model.scan_layers": True, "evaluation.batch_size": 7, "checkpoint.keep": 1, "observe.every_steps": 2}
     changed = {"training.steps": 620, **free}
-    result = commands.succeed([*copied.arguments, *(p for n, v in changed.items() for p in (f"--{n}", str(v)))])
+    given = (part for name, value in changed.items() for part in (f"--{name}", str(value)))
+    result = commands.succeed([*copied.arguments, "--model.attention", "reference", *given])
     assert "resuming from step 600" in result.stdout
     for name, value in changed.items():
         assert re.search(rf"changed +{name}: \S+ -> {value}", result.stdout), f"it says that {name} has changed"
     assert "schedule is rebuilt" in result.stdout
+    assert re.search(r"changed +model.attention: 'auto' -> 'reference'", result.stdout)
+    assert re.search(r"attention +reference: dropout .* 32 tokens", copied.result.stdout)  # picked, and said
+    assert re.search(r"attention +reference: model.attention says so", result.stdout)
     assert [step for step, _ in commands.losses(copied.workdir)] == [*range(1, 601), *range(602, 621, 2)]
     assert max(commands.steps(copied.workdir)) == 620
 

@@ -7,13 +7,14 @@ import itertools
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lm.config import ParallelConfig, RunConfig
 from lm.nn import chunked_nll, language_model
 from lm.nn import params as declare
-from lm.nn.chunked_nll import batch_shards, chunk_length, head_nll
+from lm.nn.chunked_nll import batch_shards, chunk_length, head_loss, head_nll
 from lm.nn.language_model import unconstrained
 from lm.nn.matmul import numerics
 from lm.parallel import constrainer, make_mesh, sharding
@@ -30,7 +31,7 @@ FORMS = {
 
 
 def example(B, T, *, tied, bias, rows, width=D):
-    """Head parameters, what the head reads, targets and a cotangent of either sign with zeros in it."""
+    """Head parameters, what the head reads, targets and weights of either sign with zeros among them."""
     keys = jax.random.split(jax.random.key(0), 6)
     w = jax.random.normal(keys[0], (rows, width))
     params = {"embed": {"tokens": w}} if tied else {"head": {"kernel": w.T}}
@@ -40,20 +41,31 @@ def example(B, T, *, tied, bias, rows, width=D):
     return params, x_BTD, targets_BT, jax.random.normal(keys[4], (B, T)) * jax.random.bernoulli(keys[5], 0.8, (B, T))
 
 
-@functools.partial(jax.jit, static_argnames=("softcap", "chunk", "dtype", "constrain"))
-def nll_and_gradients(params, x_BTD, targets_BT, g_BT, *, softcap, chunk, dtype="float32", constrain=unconstrained):
-    def nll(params, x_BTD):
-        return head_nll(
-            params, x_BTD.astype(numerics(dtype).dtype), targets_BT,
-            vocabulary=VOCABULARY, softcap=softcap, numerics=numerics(dtype), constrain=constrain, chunk=chunk,
+@functools.partial(jax.jit, static_argnames=("softcap", "chunk", "z_loss", "dtype", "constrain"))
+def loss_and_gradients(
+    params, x_BTD, targets_BT, weights_BT, *, softcap, chunk, z_loss=None, dtype="float32", constrain=unconstrained
+):
+    """((objective, nats), the objective's gradients)."""
+
+    def loss(params, x_BTD):
+        return head_loss(
+            params, x_BTD.astype(numerics(dtype).dtype), targets_BT, weights_BT, vocabulary=VOCABULARY,
+            softcap=softcap, z_loss=z_loss, numerics=numerics(dtype), constrain=constrain, chunk=chunk,
         )  # fmt: skip
 
-    nll_BT, pull = jax.vjp(nll, params, x_BTD)
-    return nll_BT, pull(g_BT)
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x_BTD)
+
+
+@functools.partial(jax.jit, static_argnames=("softcap", "chunk"))
+def losses(params, x_BTD, targets_BT, *, softcap, chunk):
+    return head_nll(
+        params, x_BTD, targets_BT, vocabulary=VOCABULARY, softcap=softcap, numerics=numerics("float32"),
+        constrain=unconstrained, chunk=chunk,
+    )  # fmt: skip
 
 
 def assert_same(got, wanted, *, loss, gradient):
-    """Relative tolerances: of every loss, and of the largest entry of every gradient."""
+    """Relative tolerances: of the sums, and of the largest entry of every gradient."""
     np.testing.assert_allclose(got[0], wanted[0], rtol=loss, atol=loss)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got[1]), jax.tree.leaves(wanted[1]), strict=True):
         assert a.dtype == b.dtype and np.abs(b).max() > 0
@@ -62,41 +74,79 @@ def assert_same(got, wanted, *, loss, gradient):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_any_chunk_gives_the_whole_loss_and_gradients(form):
-    """float32: 1e-6 a loss; 1e-5 a gradient, whose sum over positions is in another order."""
+    """float32: 1e-6 a loss, 1e-5 their sum; 1e-5 a gradient, whose sum over positions is in another order."""
     shape = dict(FORMS[form])
     softcap = shape.pop("softcap")
     arguments = example(2, 12, **shape)
-    whole = nll_and_gradients(*arguments, softcap=softcap, chunk=12)
-    for chunk in (1, 4, 5):  # divide T and not
-        assert_same(nll_and_gradients(*arguments, softcap=softcap, chunk=chunk), whole, loss=1e-6, gradient=1e-5)
+    whole = loss_and_gradients(*arguments, softcap=softcap, chunk=12, z_loss=0.1)
+    each = losses(*arguments[:3], softcap=softcap, chunk=12)
+    assert whole[0][0] != whole[0][1]
+    for chunk in (1, 5):  # divide T and not
+        chunked = loss_and_gradients(*arguments, softcap=softcap, chunk=chunk, z_loss=0.1)
+        assert_same(chunked, whole, loss=1e-5, gradient=1e-5)
+        np.testing.assert_allclose(losses(*arguments[:3], softcap=softcap, chunk=chunk), each, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [12, 5])
+@pytest.mark.parametrize("z_loss", [None, 0.1])
+def test_the_objective_is_nats_and_log_z_squared(chunk, z_loss):
+    """Against `jax.grad` of the formula itself, with a factor on the objective: float32, another order of sums."""
+    params, x_BTD, targets_BT, weights_BT = example(2, 12, tied=False, bias=True, rows=64)
+
+    def plain(params, x_BTD):
+        logits_BTV = 2.0 * jnp.tanh((x_BTD @ params["head"]["kernel"] + params["head"]["bias"][None, None]) / 2.0)
+        logits_BTV = logits_BTV[..., :VOCABULARY]
+        log_z_BT = jnp.log(jnp.exp(logits_BTV).sum(-1))
+        nll_BT = log_z_BT - jnp.take_along_axis(logits_BTV, targets_BT[..., None], -1)[..., 0]
+        return 3.0 * jnp.sum(weights_BT * (nll_BT + (z_loss or 0.0) * log_z_BT**2)), jnp.sum(weights_BT * nll_BT)
+
+    def ours(params, x_BTD):
+        objective, nats = head_loss(
+            params, x_BTD, targets_BT, weights_BT, vocabulary=VOCABULARY, softcap=2.0, z_loss=z_loss,
+            numerics=numerics("float32"), constrain=unconstrained, chunk=chunk,
+        )  # fmt: skip
+        return 3.0 * objective, nats
+
+    got, wanted = (jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(params, x_BTD) for f in (ours, plain))
+    assert_same(got, wanted, loss=1e-5, gradient=1e-5)
+
+
+def test_each_loss_has_a_gradient_too():
+    """Not what training uses: for whoever asks of one token what moves its loss."""
+    params, x_BTD, targets_BT, _ = example(2, 12, tied=True, bias=False, rows=64)
+    one, whole = (
+        jax.grad(lambda x_BTD, chunk=chunk: losses(params, x_BTD, targets_BT, softcap=2.0, chunk=chunk)[1, 7])(x_BTD)
+        for chunk in (5, 12)
+    )
+    np.testing.assert_allclose(one, whole, atol=1e-6)
 
 
 @pytest.mark.parametrize(("B", "T"), [(1, 3), (3, 65), (1, 127), (65, 3)])
 def test_odd_shapes(B, T):
     arguments = example(B, T, tied=False, bias=True, rows=65)
-    whole = nll_and_gradients(*arguments, softcap=None, chunk=T)
-    assert_same(nll_and_gradients(*arguments, softcap=None, chunk=2), whole, loss=1e-6, gradient=1e-5)
+    whole = loss_and_gradients(*arguments, softcap=None, chunk=T)
+    assert_same(loss_and_gradients(*arguments, softcap=None, chunk=2), whole, loss=1e-5, gradient=1e-5)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_bfloat16_rounds_as_the_whole_form_does(tied):
     """Operands in bfloat16, sums in float32: they differ only where a gradient of the logits rounds the other way."""
     arguments = example(3, 65, tied=tied, bias=True, rows=64)
-    whole = nll_and_gradients(*arguments, softcap=None, chunk=65, dtype="bfloat16")
-    chunked = nll_and_gradients(*arguments, softcap=None, chunk=8, dtype="bfloat16")
-    assert_same(chunked, whole, loss=1e-6, gradient=4e-3)  # half a unit in bfloat16's last place
-    exact = nll_and_gradients(*arguments, softcap=None, chunk=8)
-    assert np.abs(chunked[0] - exact[0]).max() > 1e-4, "bfloat16 must not compute in float32"
+    whole = loss_and_gradients(*arguments, softcap=None, chunk=65, dtype="bfloat16")
+    chunked = loss_and_gradients(*arguments, softcap=None, chunk=8, dtype="bfloat16")
+    assert_same(chunked, whole, loss=1e-5, gradient=4e-3)  # half a unit in bfloat16's last place
+    exact = loss_and_gradients(*arguments, softcap=None, chunk=8)
+    assert abs(chunked[0][0] - exact[0][0]) > 1e-4, "bfloat16 must not compute in float32"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_product_keeps_to_the_contract(dtype):
-    """Operands in the compute dtype, sums in float32, HIGHEST for float32; four products, none over all positions."""
+    """Operands in the compute dtype, sums in float32, HIGHEST for float32; three products, none over all positions."""
     arguments = example(2, 12, tied=True, bias=False, rows=64)
-    text = nll_and_gradients.lower(*arguments, softcap=None, chunk=4, dtype=dtype).as_text()
+    text = loss_and_gradients.lower(*arguments, softcap=None, chunk=4, dtype=dtype).as_text()
     dots = [line for line in text.splitlines() if "dot_general" in line]
     kind = {"float32": "f32", "bfloat16": "bf16"}[dtype]
-    assert len(dots) == 4
+    assert len(dots) == 3, "nothing is computed again"
     for line in dots:
         assert re.search(
             rf"\(tensor<\d+x\d+x\d+x{kind}>, tensor<\d+x\d+x\d+x{kind}>\) -> tensor<\d+x\d+x\d+xf32>", line
@@ -107,23 +157,25 @@ def test_every_product_keeps_to_the_contract(dtype):
 
 def test_a_chunk_of_whole_rows_is_the_whole_form_exactly():
     arguments = example(2, 12, tied=True, bias=False, rows=64)
-    whole = nll_and_gradients.lower(*arguments, softcap=None, chunk=12).as_text()
-    assert "while" not in whole and nll_and_gradients.lower(*arguments, softcap=None, chunk=100).as_text() == whole
+    whole = loss_and_gradients.lower(*arguments, softcap=None, chunk=12).as_text()
+    assert "while" not in whole and loss_and_gradients.lower(*arguments, softcap=None, chunk=100).as_text() == whole
 
 
 def test_memory_falls_by_the_logits():
-    """GPT-2's head on two rows of 1024, compiled and not run: the whole form keeps at least the logits, 412 MB."""
-    B, T, width, rows = 2, 1024, 768, 50_304
+    """GPT-2's head on 1024 tokens, compiled and not run: the whole form keeps at least their logits more, 206 MB."""
+    B, T, width, rows = 2, 512, 768, 50_304
     shapes = jax.eval_shape(functools.partial(example, B, T, tied=True, bias=False, rows=rows, width=width))
 
-    def temporary(chunk, g):
-        compiled = nll_and_gradients.lower(*shapes[:3], g, softcap=None, chunk=chunk).compile()
+    def temporary(chunk):
+        compiled = loss_and_gradients.lower(*shapes, softcap=None, chunk=chunk).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     chunk = chunk_length(B, width, rows)
     logits = B * T * rows * 4
-    assert temporary(T, shapes[3]) - temporary(chunk, shapes[3]) > logits
-    assert chunk < T / 2
+    whole, chunked = temporary(T), temporary(chunk)
+    print(f"{whole / 1e6:.0f} MB whole, {chunked / 1e6:.0f} MB in chunks, {logits / 1e6:.0f} MB logits")
+    assert whole - chunked > logits
+    assert chunk < T
 
 
 def test_the_model_never_makes_its_logits():
@@ -131,22 +183,23 @@ def test_the_model_never_makes_its_logits():
     model = RunConfig(model=SHAPES["modern"]).resolve(8192).model
     specs = language_model.model_specs(model)
     tree = declare.map_specs(lambda spec: jax.ShapeDtypeStruct(spec.shape, "float32"), specs)
-    tokens_BT = jax.ShapeDtypeStruct((4, 512), "int32")
+    tokens_BT, weights_BT = (jax.ShapeDtypeStruct((4, 512), dtype) for dtype in ("int32", "float32"))
 
-    def total(tree, tokens_BT, form):
-        return form(tree, tokens_BT).sum()
+    def loss(tree, tokens_BT, weights_BT):
+        return language_model.loss(
+            tree, tokens_BT, tokens_BT, weights_BT, None, tokens_BT, cfg=model, z_loss=1e-4, dropout_keys_B=None,
+            constrain=unconstrained,
+        )[0]  # fmt: skip
 
-    def nll(tree, tokens_BT):
-        return language_model.nll(
-            tree, tokens_BT, tokens_BT, None, tokens_BT, cfg=model, dropout_keys_B=None, constrain=unconstrained
-        )
+    def whole_logits(tree, tokens_BT, weights_BT):
+        return language_model.apply(tree, tokens_BT, cfg=model).sum()
 
     def text(form):
-        return str(jax.make_jaxpr(jax.grad(functools.partial(total, form=form)))(tree, tokens_BT))
+        return str(jax.make_jaxpr(jax.grad(form))(tree, tokens_BT, weights_BT))
 
     whole = re.compile(r"f32\[(4,512|2048),8192\]")
-    assert not whole.search(text(nll))
-    assert whole.search(text(functools.partial(language_model.apply, cfg=model)))
+    assert not whole.search(text(loss))
+    assert whole.search(text(whole_logits))
 
 
 def test_the_chunk_rule():
@@ -167,7 +220,7 @@ def test_any_mesh_gives_the_same_numbers_and_moves_no_activations(parallel, tied
     mesh = make_mesh(ParallelConfig(**parallel))
     constrain = constrainer(mesh)
     assert batch_shards(constrain, B) == 8 // parallel.get("tensor", 1) and batch_shards(unconstrained, B) == 1
-    whole = nll_and_gradients(*arguments, softcap=2.0, chunk=T)
+    whole = loss_and_gradients(*arguments, softcap=2.0, chunk=T)
 
     def place(x, *axes):
         return jax.device_put(x, sharding(mesh, x.shape, axes))
@@ -183,8 +236,8 @@ def test_any_mesh_gives_the_same_numbers_and_moves_no_activations(parallel, tied
         place(x_BTD, "batch", "length", "width"),
         *(place(v, "batch", "length") for v in (targets_BT, g_BT)),
     )
-    compiled = nll_and_gradients.lower(*placed, softcap=2.0, chunk=5, constrain=constrain).compile()
-    assert_same(compiled(*placed), whole, loss=1e-6, gradient=1e-5)
+    compiled = loss_and_gradients.lower(*placed, softcap=2.0, chunk=5, constrain=constrain).compile()
+    assert_same(compiled(*placed), whole, loss=1e-5, gradient=1e-5)
 
     inside = re.split(r"^ENTRY", compiled.as_text(), flags=re.MULTILINE)[0]
     assert ("all-reduce" in inside) == ("tensor" in parallel)  # over a split vocabulary the chunk itself is a sum

@@ -11,6 +11,7 @@ import pytest
 
 from lm.config import DataConfig, LayerKind, ModelConfig, RunConfig
 from lm.nn import language_model, params
+from lm.nn.attention import attend
 
 from ..conftest import SHAPES, VOCABULARY, resolved
 from .test_language_model import POSITIONS, SEGMENTS, B, T, apply, tokens, weights_of
@@ -82,7 +83,7 @@ def test_windows_add_up_over_the_layers():
         positions = jnp.arange(T)[None]
         constrain = language_model.unconstrained
         y, _ = language_model.encode(
-            tree["layers"], x_BTD, positions, mask, None, cfg=cfg, dropout=None, constrain=constrain
+            tree["layers"], x_BTD, positions, mask, None, cfg=cfg, dropout=None, constrain=constrain, attend=attend
         )
         return y[0] @ jax.random.normal(jax.random.key(5), (32,))
 

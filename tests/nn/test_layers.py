@@ -8,17 +8,9 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from lm.nn.layers import (
-    ACTIVATIONS,
-    Dropout,
-    drop,
-    layer_norm,
-    llama3_frequencies,
-    rms_norm,
-    rotary,
-    rotary_frequencies,
-    sinusoidal,
-)
+from lm.nn.activations import ACTIVATIONS
+from lm.nn.layers import Dropout, drop, llama3_frequencies, rotary, rotary_frequencies, sinusoidal
+from lm.nn.norms import layer_norm, rms_norm
 
 
 def test_norms_against_float64():

@@ -58,7 +58,7 @@ def batch_at(step: int) -> Batch:
 
 def compiled(cfg: RunConfig, mesh):
     """The jitted step of a config on a mesh, and a fresh state."""
-    optimizer = make_optimizer(cfg.optimizer, model_specs(cfg.model))
+    optimizer = make_optimizer(cfg.optimizer, model_specs(cfg.model), mesh)
     step = functools.partial(train_step, cfg=cfg, optimizer=optimizer, constrain=constrainer(mesh))
     return jax.jit(step), create_state(cfg, optimizer, mesh)
 

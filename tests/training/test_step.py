@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lm.config import OptimizerConfig
 from lm.nn import params
 from lm.nn.language_model import model_specs, unconstrained
 from lm.parallel import put_rows
-from lm.training.optimizer import decay_mask, learning_rate
-from lm.training.step import sum_nats
+from lm.training.optimizer import decay_mask
+from lm.training.step import batch_loss
 
 from ..conftest import SHAPES
 from .ten_steps import batch_at, compiled, losses, run_config
@@ -70,7 +69,8 @@ def test_mean_of_micro_batch_means_is_another_gradient(one_device):
 
     def nats(tree, rows):
         part = jax.tree.map(lambda x: jnp.asarray(x[rows]), batch)
-        return sum_nats(tree, part, None, cfg=cfg, constrain=unconstrained), part.weights_BT.sum()
+        _, nats = batch_loss(tree, part, None, cfg=cfg, z_loss=None, constrain=unconstrained)
+        return nats, part.weights_BT.sum()
 
     def ratio_of_sums(tree):
         totals = [nats(tree, slice(micro, None, 4)) for micro in range(4)]
@@ -148,15 +148,3 @@ def test_clipping_scales_the_gradient_to_the_norm(one_device):
     assert norm == float(results[0.01][1].grad_norm) > 0.01, "the norm before clipping is reported"
     first, clipped = (optax.tree.norm(results[clip][0].opt_state[1].mu) for clip in (None, 0.01))
     np.testing.assert_allclose(clipped / first, 0.01 / norm, rtol=1e-5)
-
-
-def test_learning_rate_warms_up_and_follows_the_cosine():
-    cfg = OptimizerConfig(learning_rate=2.0, warmup_steps=4, final_learning_rate=0.1)
-
-    def rate(step, progress):
-        return float(learning_rate(cfg, jnp.int32(step), jnp.float32(progress)))
-
-    np.testing.assert_allclose([rate(n, 0) for n in range(6)], [0.5, 1, 1.5, 2, 2, 2])
-    np.testing.assert_allclose([rate(9, p) for p in (0, 0.5, 1)], [2, 2 * (0.1 + 0.9 * 0.5), 0.2], rtol=1e-6)
-    none = dataclasses.replace(cfg, warmup_steps=0)
-    assert float(learning_rate(none, jnp.int32(0), jnp.float32(0))) == 2.0

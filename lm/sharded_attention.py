@@ -1,0 +1,72 @@
+"""The attention back end of a mesh: chosen by its devices, and run on each of them over its own rows and heads."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from lm.config import ModelConfig
+from lm.nn.attention import Attend, AttentionMask
+from lm.nn.attention_backend import BACKENDS, Choice, Site, choose
+from lm.parallel import RULES
+
+Array = jax.Array
+
+
+def choice(cfg: ModelConfig, mesh: Mesh, *, length: int, training: bool) -> Choice:
+    """Which back end computes packed rows of `length` tokens. Raises InputError if the one that is named can't."""
+    device = mesh.devices.flat[0]
+    site = Site(
+        device.platform,
+        _compute_capability(device),
+        length,
+        segments=True,
+        dropout=training and cfg.dropout > 0,
+        training=training,
+    )
+    return choose(cfg, site)
+
+
+def attend_on(cfg: ModelConfig, mesh: Mesh, *, length: int, training: bool) -> Attend:
+    """The back end of `choice`, on this mesh."""
+    return bound(choice(cfg, mesh, length=length, training=training).name, mesh)
+
+
+def bound(name: str, mesh: Mesh, **more: Any) -> Attend:
+    """A back end whose rows and heads are split over a mesh; `more` arguments are its own.
+
+    The compiler can split the reference, not the inside of a kernel; and a device that skips blocks should go by its
+    own rows. Nothing is exchanged: rows and heads are independent.
+    """
+    attend = functools.partial(BACKENDS[name], **more)
+    if name == "reference" or mesh.size == 1:
+        return attend
+    rows, heads = RULES["batch"], RULES["kv_heads"]
+    of_heads, of_rows = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None)
+
+    def split(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: AttentionMask, **numbers: Any) -> Array:
+        assert numbers["dropout"] is None and isinstance(mask.query_offset, int)
+
+        def local(q: Array, k: Array, v: Array, segments: tuple[Array | None, Array | None]) -> Array:
+            own = mask._replace(query_segments_BT=segments[0], key_segments_BS=segments[1])
+            return attend(q, k, v, own, **numbers)
+
+        segments = (mask.query_segments_BT, mask.key_segments_BS)
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(of_heads, of_heads, of_heads, of_rows),
+            out_specs=of_heads,
+            check_vma=False,
+        )(q_BTNH, k_BSKH, v_BSKH, segments)
+
+    return split
+
+
+def _compute_capability(device: jax.Device) -> tuple[int, int] | None:
+    """(9, 0) of an H100; None of what isn't an NVIDIA GPU."""
+    major, dot, minor = str(getattr(device, "compute_capability", "")).partition(".")
+    return (int(major), int(minor)) if device.platform == "gpu" and dot else None

@@ -1,0 +1,182 @@
+"""Muon's orthogonalisation of updates (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
+
+Every matrix of every layer is orthogonalised by itself: a stack [L, ...] is L of them, and an array that holds several
+side by side (`ParamSpec.pieces`: query, key, value) is taken apart first. All matrices of one shape go through one
+batched iteration.
+
+Shapes: L layers, R inputs and C outputs of a matrix, Z matrices of one shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from lm.nn.matmul import Numerics, product
+from lm.nn.params import ParamSpec
+from lm.parallel import sharding
+
+Array = jax.Array
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the quintic whose iteration takes singular values in (0, 1] to about 0.7 to 1.2 in five steps (Jordan et al.)."""
+RMS = 0.2
+"""Root mean square of an update's entries, as AdamW's are: one learning rate and weight decay then serve both
+(Moonlight, Liu et al. 2025, arXiv:2502.16982, section 2.2)."""
+
+
+def newton_schulz(x_ZRC: Array, *, steps: int, numerics: Numerics) -> Array:
+    """Each matrix near the nearest semi-orthogonal one, U Vᵀ of its singular value decomposition; float32, R <= C.
+
+    Iterates x <- a x + (b A + c A²) x with A = x xᵀ, from x / |x|_F. Zero stays zero.
+    """
+    a, b, c = COEFFICIENTS
+    x_ZRC = x_ZRC.astype(jnp.float32)  # float32: the sum of a million squares
+    x_ZRC = x_ZRC / (jnp.sqrt(jnp.sum(jnp.square(x_ZRC), axis=(1, 2), keepdims=True)) + 1e-7)
+    for _ in range(steps):
+        gram_ZRR = product(x_ZRC, x_ZRC, True, numerics)
+        polynomial_ZRR = b * gram_ZRR + c * product(gram_ZRR, gram_ZRR, False, numerics)
+        x_ZRC = a * x_ZRC + product(polynomial_ZRR, x_ZRC, False, numerics)
+    return x_ZRC
+
+
+def orthogonalize(
+    specs: Sequence[ParamSpec], arrays: Sequence[Array], *, steps: int, numerics: Numerics, mesh: Mesh | None
+) -> list[Array]:
+    """RMS · sqrt(max(R, C)) · U Vᵀ of every matrix of every stack [L, ...], float32, each in its array's place.
+
+    On a mesh each device does whole layers: stacks go from parts of every layer to every part of some layers by
+    all-to-all, and back. Where devices hold the same part (`data`), they share its layers out and gather the results.
+    """
+
+    def all_of(*stacks: Array) -> list[Array]:
+        return _orthogonalize(specs, stacks, steps, numerics)
+
+    arrays = [array.astype(numerics.dtype) for array in arrays]  # as the products read them: less to move
+    if mesh is None or mesh.size == 1:
+        found = all_of(*arrays)
+    else:
+        parts = tuple(sharding(mesh, spec.shape, spec.axes).spec for spec in specs)
+
+        def spread(*local: Array) -> list[Array]:
+            whole = [_whole_layers(x, part, mesh) for x, part in zip(local, parts, strict=True)]
+            done = all_of(*whole)
+            return [
+                _parts_of_layers(x, part, mesh)[: like.shape[0]]
+                for x, part, like in zip(done, parts, local, strict=True)
+            ]
+
+        # check_vma: it can't be seen from the types that what is gathered over `data` is the same everywhere
+        found = jax.shard_map(spread, mesh=mesh, in_specs=parts, out_specs=list(parts), check_vma=False)(*arrays)
+    return [x.astype(jnp.float32) for x in found]
+
+
+def scale_by_muon(
+    specs: Any, *, momentum: float, steps: int, numerics: Numerics, mesh: Mesh | None
+) -> optax.GradientTransformation:
+    """Nesterov momentum, then `orthogonalize`, of a tree in which all leaves are declared as stacked matrices.
+
+    Args:
+      specs: the declaration; it may hold more than the tree.
+      momentum: decay of the sum of gradients.
+    """
+
+    def update(updates: Any, _: Any) -> Any:
+        leaves, tree = jax.tree.flatten_with_path(updates)
+        declared = [_at(specs, path) for path, _ in leaves]
+        found = orthogonalize(declared, [leaf for _, leaf in leaves], steps=steps, numerics=numerics, mesh=mesh)
+        return jax.tree.unflatten(tree, found)
+
+    return optax.chain(optax.trace(momentum, nesterov=True), optax.stateless(update))
+
+
+def _orthogonalize(specs: Sequence[ParamSpec], stacks: Sequence[Array], steps: int, numerics: Numerics) -> list[Array]:
+    """Of whole layers, however many there are of each."""
+    by_shape: dict[tuple[int, int], list[tuple[int, int, bool]]] = {}  # -> (array, piece, turned)
+    views = [_split(stack, spec) for stack, spec in zip(stacks, specs, strict=True)]
+    for number, pieces in enumerate(views):
+        for place, piece in enumerate(pieces):
+            rows, columns = piece.shape[1:]
+            by_shape.setdefault((min(rows, columns), max(rows, columns)), []).append((number, place, rows > columns))
+    for (_, columns), members in by_shape.items():
+        matrices = [_turn(views[number][place], turned) for number, place, turned in members]
+        found_ZRC = newton_schulz(jnp.concatenate(matrices), steps=steps, numerics=numerics)
+        found_ZRC = (RMS * math.sqrt(columns) * found_ZRC).astype(numerics.dtype)
+        ends = list(accumulate(len(matrix) for matrix in matrices))
+        for (number, place, turned), x in zip(members, jnp.split(found_ZRC, ends[:-1]), strict=True):
+            views[number][place] = _turn(x, turned)
+    return [_join(pieces, spec) for pieces, spec in zip(views, specs, strict=True)]
+
+
+def _split(stack: Array, spec: ParamSpec) -> list[Array]:
+    """The matrices of a stack, [L, R, C] each."""
+    ends = list(accumulate(spec.pieces or (stack.shape[-1],)))
+    pieces = jnp.split(stack, ends[:-1], axis=-1)
+    return [piece.reshape(len(stack), *shape) for piece, shape in zip(pieces, _shapes(spec), strict=True)]
+
+
+def _join(matrices: Sequence[Array], spec: ParamSpec) -> Array:
+    """The inverse of `_split`."""
+    pieces = [matrix.reshape(len(matrix), *spec.shape[1:-1], -1) for matrix in matrices]
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=-1)
+
+
+def _shapes(spec: ParamSpec) -> list[tuple[int, int]]:
+    """(R, C) of each matrix that a layer's part of an array holds."""
+    assert spec.axes[0] == "layers" and spec.inputs is not None, spec
+    inner = spec.shape[1 + spec.inputs : -1]
+    rows = math.prod(spec.shape[1 : 1 + spec.inputs])
+    return [(rows, math.prod(inner) * width) for width in spec.pieces or spec.shape[-1:]]
+
+
+def _turn(x_ZRC: Array, turned: bool) -> Array:
+    return x_ZRC.swapaxes(1, 2) if turned else x_ZRC
+
+
+def _whole_layers(x: Array, part: PartitionSpec, mesh: Mesh) -> Array:
+    """A device's part of L layers to its whole layers, L over the number of devices, rounded up; the rest are zeros."""
+    x = jnp.pad(x, ((0, -len(x) % mesh.size),) + ((0, 0),) * (x.ndim - 1))
+    for axis, name in _splits(part, mesh):
+        x = lax.all_to_all(x, name, split_axis=0, concat_axis=axis, tiled=True)
+    for name in _copies(part, mesh):
+        x = lax.dynamic_slice_in_dim(x, lax.axis_index(name) * (len(x) // mesh.shape[name]), len(x) // mesh.shape[name])
+    return x
+
+
+def _parts_of_layers(x: Array, part: PartitionSpec, mesh: Mesh) -> Array:
+    """The inverse of `_whole_layers`, padding included."""
+    for name in reversed(_copies(part, mesh)):
+        x = lax.all_gather(x, name, axis=0, tiled=True)
+    for axis, name in reversed(_splits(part, mesh)):
+        x = lax.all_to_all(x, name, split_axis=axis, concat_axis=0, tiled=True)
+    return x
+
+
+def _splits(part: PartitionSpec, mesh: Mesh) -> list[tuple[int, str]]:
+    """(axis of the array, mesh axis) of each split, but those over one device."""
+    found = []
+    for axis, names in enumerate(part):
+        names = (names,) if isinstance(names, str) else names or ()
+        # the first name is the outermost: it is put together last
+        found += [(axis, name) for name in reversed(names) if mesh.shape[name] > 1]
+    return found
+
+
+def _copies(part: PartitionSpec, mesh: Mesh) -> list[str]:
+    """The mesh axes along which devices hold the same part."""
+    used = {name for _, name in _splits(part, mesh)}
+    return [name for name in mesh.axis_names if name not in used and mesh.shape[name] > 1]
+
+
+def _at(specs: Any, path: Any) -> ParamSpec:
+    for key in path:
+        specs = specs[key.key]
+    return specs

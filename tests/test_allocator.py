@@ -1,0 +1,60 @@
+"""When the allocator is told to keep what is freed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lm import allocator
+
+PROGRAM = """
+import ctypes, resource
+from lm import allocator
+print(allocator.keep_freed_memory())
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+def touch():
+    block = libc.malloc(2**26)
+    ctypes.memset(block, 1, 2**26)
+    libc.free(block)
+touch()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+touch()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not (sys.platform == "linux" and allocator._is_glibc()), reason="glibc's malloc alone is told")
+def test_a_block_freed_is_used_again_without_page_faults():
+    def faults(**environment):
+        environment = {"PATH": os.environ["PATH"], "JAX_PLATFORMS": "cpu", **environment}
+        command = [sys.executable, "-c", PROGRAM]
+        said, count = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=True, cwd=Path.cwd()
+        ).stdout.splitlines()
+        return said, int(count)
+
+    said, count = faults()
+    assert said.startswith("allocator") and count < 100
+    said, count = faults(LM_ALLOCATOR="system")
+    assert said == "None" and count > 1000
+
+
+def test_who_has_chosen_an_allocator_keeps_it():
+    assert allocator._undecided({"GLIBC_TUNABLES": "glibc.cpu.x86_shstk=off"})
+    for name, value in (
+        ("LM_ALLOCATOR", "system"),
+        ("MALLOC_ARENA_MAX", "2"),
+        ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
+        ("LD_PRELOAD", "/usr/lib/libjemalloc.so.2"),
+    ):
+        assert not allocator._undecided({name: value})
+
+
+def test_only_where_jax_computes_on_the_cpu():
+    assert allocator._on_cpu({"JAX_PLATFORMS": "cpu"})
+    assert not allocator._on_cpu({"JAX_PLATFORMS": "cuda,cpu"})
