@@ -6,13 +6,11 @@ from lm import allocator, cli
 
 
 def train(argv: Sequence[str]) -> None:
-    kept = allocator.keep_freed_memory()
+    allocator.keep_freed_memory()
     with cli.loading():
         from lm import api
 
     config, workdir = cli.train_arguments(argv, api.preset)
-    if kept is not None:
-        print(kept, flush=True)
     api.train(config, workdir)
 
 

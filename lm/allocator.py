@@ -16,22 +16,37 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/accel0", "/dev/accel", "/dev/vfio/0", "/dev/dxg")
 
 
-def keep_freed_memory() -> str | None:
-    """Makes malloc keep what is freed for the next step; a line for the log, None where nothing was changed.
+_said: str | None = None  # of the process, as malloc is
+
+
+def note() -> str | None:
+    """A line for the log about what malloc was told; None where it is as it was."""
+    return _said
+
+
+def keep_freed_memory() -> None:
+    """Makes malloc keep what is freed for the next step; `note` tells whether it does.
 
     XLA's CPU back end takes its temporaries anew each step. glibc gives them back to the system each time, and their
     pages are then faulted in and zeroed again: a third of a step's time. So: no blocks of their own, one arena (the
     others are unmapped whenever they are empty, whatever the threshold), never trimmed. To be called before the first
     thread begins. Left alone: other systems, accelerators, and a user who has chosen an allocator or its settings.
     """
+    global _said
     if not (sys.platform == "linux" and _is_glibc() and _on_cpu(os.environ) and _undecided(os.environ)):
-        return None
+        return
     mallopt = ctypes.CDLL(None).mallopt
     settings = ((_MMAP_MAX, 0), (_ARENA_MAX, 1), (_TRIM_THRESHOLD, -1))
     done = [mallopt(name, value) for name, value in settings]
-    if not all(done):
-        return None
-    return f"allocator  glibc's keeps what a step frees for the next ({SWITCH}=system leaves it as it was)"
+    if all(done):
+        _said = f"allocator  glibc's keeps what a step frees for the next ({SWITCH}=system leaves it as it was)"
+
+
+def give_back() -> None:
+    """Gives what is free back to the system once, where `keep_freed_memory` keeps it: compiling takes far more memory
+    than the program that comes of it."""
+    if _said is not None:
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _is_glibc() -> bool:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from lm.config import BUDGETS, RUNTIME, InputError, RunConfig, TrainingConfig
+from lm.config import BUDGETS, RUNTIME, InputError, OptimizerConfig, RunConfig, TrainingConfig
 
 Arguments = TypeVar("Arguments")
 
@@ -109,14 +109,14 @@ def with_preset(
     parsed = parse(kind, rest, prog=f"{prog} [PRESET]", default=kind(preset(name)))
     if parsed.config.init_from is not None:
         _check_going_on(rest)
-    training = _one_budget(parsed.config.training, rest)
-    return name, dataclasses.replace(parsed, config=dataclasses.replace(parsed.config, training=training))
+    training, optimizer = _one_budget(parsed.config.training, rest), _as_read(parsed.config.optimizer, rest)
+    config = dataclasses.replace(parsed.config, training=training, optimizer=optimizer)
+    return name, dataclasses.replace(parsed, config=config)
 
 
 def _check_going_on(arguments: Sequence[str]) -> None:
     """Raises InputError for fields that `--init-from` decides."""
-    names = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
-    flags = [name.removeprefix("--").replace("-", "_") for name in names]
+    flags = _fields_given(arguments)
     free = {f"model.{name}" for name in RUNTIME}
     taken = [flag for flag in flags if flag.startswith(("model.", "tokenizer.")) and flag not in free]
     if taken:
@@ -124,6 +124,29 @@ def _check_going_on(arguments: Sequence[str]) -> None:
             f"--{taken[0]} can't be given with --init-from, whose model and tokenizer are taken over: leave it out (of "
             f"the model, {', '.join(RUNTIME)} may be given)"
         )
+
+
+def _fields_given(arguments: Sequence[str]) -> list[str]:
+    """The fields that a command line sets, by dotted name, in its order."""
+    names = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
+    return [name.removeprefix("--").replace("-", "_") for name in names]
+
+
+def _as_read(optimizer: OptimizerConfig, arguments: Sequence[str]) -> OptimizerConfig:
+    """Another optimizer or schedule given on the command line: the preset's fields that it doesn't read are left out.
+
+    Those that are given there too stay, and are refused later.
+    """
+    from lm.validation import READERS  # loads JAX, which a help text does without
+
+    given = _fields_given(arguments)
+    unread = {
+        field
+        for field, (chooser, names) in READERS.items()
+        if f"optimizer.{chooser}" in given and getattr(optimizer, chooser) not in names
+    }
+    left_out = {name: getattr(OptimizerConfig, name) for name in unread if f"optimizer.{name}" not in given}
+    return dataclasses.replace(optimizer, **left_out)
 
 
 def _one_budget(training: TrainingConfig, arguments: Sequence[str]) -> TrainingConfig:

@@ -135,7 +135,7 @@ def abstract_mesh(cfg: ParallelConfig, devices: int) -> Mesh:
     """`lm.parallel.make_mesh` for a number of devices that needn't be there: enough of a mesh for shardings."""
     inner = cfg.fsdp * cfg.tensor
     data = cfg.data or devices // inner
-    if data * inner == 0 or data * inner > devices or (cfg.data is None and devices % inner):
+    if data * inner < 1 or data * inner > devices or (cfg.data is None and devices % inner):
         raise InputError(
             f"parallel.data {cfg.data} x fsdp {cfg.fsdp} x tensor {cfg.tensor} does not fit {devices} device(s): "
             "choose sizes whose product divides --devices"
@@ -189,6 +189,8 @@ def _one_part(cfg: ModelConfig, tensor: int) -> ModelConfig:
         d_ff=cfg.ff_width // tensor,
         vocab_size=cfg.padded_vocabulary // tensor,
         vocab_multiple=1,
+        # cuDNN's kernel can't be traced where there is none; it keeps what the blockwise form does
+        attention="blockwise" if cfg.attention == "cudnn" else cfg.attention,
     )
 
 

@@ -159,7 +159,7 @@ def _check_optimizer(optimizer: OptimizerConfig, tied: bool) -> None:
     if optimizer.decay_fraction > 1:
         raise InputError(f"optimizer.decay_fraction is {optimizer.decay_fraction}: it must be at most 1, the whole")
     for field in dataclasses.fields(OptimizerConfig):
-        readers = _READERS.get(field.name)
+        readers = READERS.get(field.name)
         value = getattr(optimizer, field.name)
         if readers is None or value == field.default:
             continue
@@ -173,7 +173,7 @@ def _check_optimizer(optimizer: OptimizerConfig, tied: bool) -> None:
 
 
 # Who reads a field: the field that chooses among them, and its values.
-_READERS: dict[str, tuple[str, tuple[str, ...]]] = {
+READERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "beta1": ("name", ("adamw", "muon", "lion", "sgd")),
     "beta2": ("name", ("adamw", "muon", "lion")),
     "epsilon": ("name", ("adamw", "muon")),

@@ -14,33 +14,38 @@ from lm import allocator
 PROGRAM = """
 import ctypes, resource
 from lm import allocator
-print(allocator.keep_freed_memory())
+allocator.keep_freed_memory()
+print(allocator.note())
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 def touch():
     block = libc.malloc(2**26)
     ctypes.memset(block, 1, 2**26)
     libc.free(block)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    touch()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 touch()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-touch()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(faults())
+allocator.give_back()
+print(faults())
 """
 
 
 @pytest.mark.skipif(not (sys.platform == "linux" and allocator._is_glibc()), reason="glibc's malloc alone is told")
-def test_a_block_freed_is_used_again_without_page_faults():
+def test_a_block_freed_is_used_again_without_page_faults_unless_given_back():
     def faults(**environment):
         environment = {"PATH": os.environ["PATH"], "JAX_PLATFORMS": "cpu", **environment}
         command = [sys.executable, "-c", PROGRAM]
-        said, count = subprocess.run(
+        said, *counts = subprocess.run(
             command, env=environment, capture_output=True, text=True, check=True, cwd=Path.cwd()
         ).stdout.splitlines()
-        return said, int(count)
+        return said, *map(int, counts)
 
-    said, count = faults()
-    assert said.startswith("allocator") and count < 100
-    said, count = faults(LM_ALLOCATOR="system")
+    said, kept, given_back = faults()
+    assert said.startswith("allocator") and kept < 100 and given_back > 1000
+    said, count, _ = faults(LM_ALLOCATOR="system")
     assert said == "None" and count > 1000
 
 

@@ -36,12 +36,12 @@ def rows(ours: list[Entry], theirs: list[Entry]) -> list[dict]:
 
 
 def test_a_side_that_takes_twice_as_long_is_half_as_fast():
-    found = rows([entry("ours", 0.01)], [entry("theirs", 0.02)])
+    found = rows([entry("ours", 0.03)], [entry("theirs", 0.06)])
     (duel,) = [row for row in found if "ratio" in row]
     assert duel["ours"] == "ours" and duel["theirs"] == "theirs"
     assert 1.5 < duel["ratio"] < 2.6  # sleeping is not exact
     sides = {row["side"]: row for row in found if "side" in row}
-    assert 0.01 <= sides["ours"]["seconds_a_step"] < 0.02 <= sides["theirs"]["seconds_a_step"] < 0.03
+    assert 0.03 <= sides["ours"]["seconds_a_step"] < 0.06 <= sides["theirs"]["seconds_a_step"] < 0.09
     assert len(sides["ours"]["turns"]) == 3 and sides["ours"]["peak_bytes"] > 10**6
 
 

@@ -182,3 +182,25 @@ def test_unknown_preset_gets_the_nearest_name(tmp_path):
         own.write_text(broken)
         with pytest.raises(InputError, match="can't be loaded"):
             lm.preset(str(own))
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("--optimizer.name adafactor", {"beta1": 0.9, "beta2": 0.99, "final_learning_rate": 0.2}),
+        ("--optimizer.name lion", {"beta1": 0.8, "beta2": 0.95, "epsilon": 1e-8}),
+        ("--optimizer.schedule constant", {"beta2": 0.95, "final_learning_rate": 0.1, "epsilon": 1e-6}),
+        ("--optimizer.warmup-steps 3", {"beta2": 0.95, "final_learning_rate": 0.2, "epsilon": 1e-6}),
+    ],
+)
+def test_another_optimizer_on_the_command_line_leaves_out_what_it_does_not_read(line, wanted):
+    own = changed(optimizer={"beta1": 0.8, "beta2": 0.95, "epsilon": 1e-6, "final_learning_rate": 0.2})
+    config, _ = train_arguments(["own", *line.split()], lambda _: own)
+    validate(config)
+    assert {name: getattr(config.optimizer, name) for name in wanted} == wanted
+
+
+def test_what_is_given_beside_another_optimizer_is_refused_if_it_does_not_read_it():
+    config, _ = train_arguments(["own", "--optimizer.name", "lion", "--optimizer.epsilon", "1e-5"], lambda _: changed())
+    with pytest.raises(InputError, match="optimizer.epsilon is 1e-05, but optimizer.name 'lion' doesn't read it"):
+        validate(config)

@@ -72,6 +72,12 @@ def test_activations_go_with_the_rows_and_shrink_by_remat_and_tensor():
     assert plan(with_parts(cfg, model={"remat": True}), 1).activations_bytes > 0.5 * whole  # of two layers, one whole
 
 
+@pytest.mark.parametrize("kernel", ["cudnn", "splash"])
+def test_a_kernel_that_cannot_run_here_is_planned(kernel):
+    cfg = with_parts(run_config("llama"), model={"attention": kernel, "compute_dtype": "bfloat16"})
+    assert 0 < kept_bytes(cfg, 16, 2)[0] < 2 * kept_bytes(with_parts(cfg, model={"attention": "blockwise"}), 16, 2)[0]
+
+
 def test_a_billion_parameters_are_planned_without_being_there():
     found = plan(resolved(with_parts(api.preset("llama_1b"), parallel={"fsdp": 8}), api.load), 8)
     assert found.parameters == 1_235_814_400  # Llama 3.2 1B's

@@ -1,7 +1,8 @@
 """The attention back ends by name, what each can't do, and which one `model.attention` auto picks.
 
-reference is exact in every respect and keeps all scores; blockwise never holds them whole; cudnn and splash are fused
-kernels of one kind of accelerator. All compute `lm.nn.attention.attend`, or are refused before anything compiles.
+reference is exact in every respect and keeps all scores; prefix leaves out those that causality masks; blockwise never
+holds them whole; cudnn and splash are fused kernels of one kind of accelerator. All compute `lm.nn.attention.attend`,
+or are refused before anything compiles.
 """
 
 from __future__ import annotations
@@ -13,16 +14,20 @@ from lm.config import InputError, ModelConfig
 from lm.nn.attention import Attend, attend
 from lm.nn.blockwise_attention import attend_blockwise
 from lm.nn.fused_attention import attend_cudnn
+from lm.nn.prefix_attention import attend_prefix
 from lm.nn.splash_attention import attend_splash
 
 BACKENDS: Mapping[str, Attend] = {
     "reference": attend,
+    "prefix": attend_prefix,
     "blockwise": attend_blockwise,
     "cudnn": attend_cudnn,
     "splash": attend_splash,
 }
-LONG = 512
-"""Tokens from which blockwise is the faster form on CPUs: the scores of longer rows leave the caches."""
+LONG = 256
+"""Tokens from which blocks are faster on CPUs: the scores of longer rows leave the caches."""
+LONGEST_PREFIX = 2048
+"""Tokens up to which a CPU keeps all float32 scores that causality leaves, where it has no fast bfloat16 products."""
 LONG_ON_ACCELERATORS = 2048
 """The same where memory is fast: from here on the scores of a row, T² of float32 a head, are what fills it."""
 LONGEST_DENSE = 16384
@@ -74,6 +79,8 @@ def choose(cfg: ModelConfig, site: Site) -> Choice:
     long = LONG if site.platform == "cpu" else LONG_ON_ACCELERATORS
     if site.length < long:
         return Choice("reference", f"{excuse}, fewer than the {long} from which blocks pay on a {site.platform}")
+    if site.platform == "cpu" and cfg.compute_dtype != "bfloat16" and site.length <= LONGEST_PREFIX:
+        return Choice("prefix", f"{excuse} in float32: blocks of queries, each against the keys before its end")
     return Choice("blockwise", f"{excuse}: the scores of a block at a time, not {site.length} x {site.length}")
 
 
@@ -84,7 +91,7 @@ def refusal(name: str, cfg: ModelConfig, *, dropout: bool) -> str | None:
     others = "set model.attention to 'auto' or 'reference'"
     if dropout:
         return f"model.dropout {cfg.dropout} falls on attention probabilities too, which it doesn't hold: {others}"
-    if name == "blockwise":
+    if name in ("blockwise", "prefix"):
         return None
     if cfg.compute_dtype != "bfloat16":
         return f"its products are in bfloat16 and model.compute_dtype is {cfg.compute_dtype!r}: set that, or {others}"

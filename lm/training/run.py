@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from lm import checkpoint, compilation
+from lm import allocator, checkpoint, compilation
 from lm.checkpoint import CheckpointWriter
 from lm.data.pipeline import Batch
 from lm.evaluation.perplexity import Evaluator, Scores
@@ -51,6 +51,8 @@ def run(start: Start, workdir: Path, *, write: Callable[[dict[str, Any]], None],
     if start.budget.done(step, seconds):
         return
     say(f"resuming from step {step}" if start.resume_from else f"starting   a new run in {workdir}")
+    if (note := allocator.note()) is not None:
+        say(note)
     run_step = transfers.placing_progress(_compile(start, optimizer, mesh, say), mesh)
     with (
         CheckpointWriter(
@@ -140,7 +142,9 @@ def _compile(start: Start, optimizer: optax.GradientTransformation, mesh: Mesh, 
     say(f"attention  {attention.name}: {attention.reason}")
     batch = put_rows(mesh, start.pipeline.batch_at(0, own_rows(mesh, start.pipeline.batch_size)))
     with compilation.said("the training step", say):
-        return lower_step(cfg, optimizer, mesh, batch).compile()
+        step = lower_step(cfg, optimizer, mesh, batch).compile()
+    allocator.give_back()
+    return step
 
 
 def _batches(start: Start, step: int, mesh: Mesh) -> Iterator[Batch]:

@@ -11,6 +11,8 @@ from lm.nn.attention import AttentionMask, attend
 from lm.nn.layers import Dropout
 from lm.nn.matmul import numerics
 
+from .gradients import assert_gradients_equal
+
 B, T, N, H = 2, 7, 4, 6
 SEGMENTS = jnp.array([[1, 1, 1, 2, 2, 2, 0], [1, 2, 2, 2, 2, 3, 3]])
 
@@ -94,6 +96,36 @@ def test_query_offset_is_the_row_index_of_the_first_query(window):
     whole = run(q, k, v, AttentionMask(True, SEGMENTS, SEGMENTS, window=window))
     last = run(q[:, 5:], k, v, AttentionMask(True, SEGMENTS[:, 5:], SEGMENTS, query_offset=5, window=window))
     np.testing.assert_allclose(last, whole[:, 5:], atol=1e-6)
+
+
+def formula(q, k, v, mask):
+    """Grouped heads, one by one, in float32."""
+    group = N // k.shape[2]
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    heads = []
+    for n in range(N):
+        scores_BTS = 0.3 * jnp.einsum("bth,bsh->bts", q[:, :, n], k[:, :, n // group])
+        weights = jnp.where(mask.dense(T, T), jnp.exp(scores_BTS), 0.0)
+        weights /= weights.sum(-1, keepdims=True)
+        heads.append(jnp.einsum("bts,bsh->bth", weights, v[:, :, n // group]))
+    return jnp.stack(heads, axis=2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("key_value_heads", "mask"),
+    [
+        (4, AttentionMask(True)),
+        (2, AttentionMask(True, SEGMENTS, SEGMENTS, window=3)),
+        (1, AttentionMask(False, SEGMENTS, SEGMENTS)),
+    ],
+    ids=["causal", "grouped, packed, window", "one key/value head, packed, not causal"],
+)
+def test_gradients_are_the_formulas(key_value_heads, mask, dtype):
+    operands = [x.astype(dtype) for x in heads(key_value_heads)]
+    assert_gradients_equal(
+        lambda q, k, v: run(q, k, v, mask, dtype), lambda q, k, v: formula(q, k, v, mask).astype(dtype), *operands
+    )
 
 
 def test_a_query_that_sees_nothing_is_finite():

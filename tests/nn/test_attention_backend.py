@@ -13,7 +13,7 @@ from lm.nn.blockwise_attention import attend_blockwise
 from lm.validation import validate
 
 MODEL = ModelConfig(d_model=512, num_heads=8, compute_dtype="bfloat16")
-CPU = Site("cpu", None, 256, segments=True, dropout=False, training=True)
+CPU = Site("cpu", None, 128, segments=True, dropout=False, training=True)
 LONG_CPU = CPU._replace(length=8192)
 H100 = Site("gpu", (9, 0), 1024, segments=True, dropout=False, training=True)
 A100, V100, AMD = (H100._replace(compute_capability=number) for number in ((8, 0), (7, 0), None))
@@ -21,8 +21,10 @@ TPU = Site("tpu", None, 1024, segments=True, dropout=False, training=True)
 
 # (fields of the model, where, the choice, a part of the reason)
 PICKED = [
-    ({}, CPU, "reference", "256 tokens"),
+    ({}, CPU, "reference", "128 tokens"),
     ({}, LONG_CPU, "blockwise", "8192 x 8192"),
+    ({"compute_dtype": "float32"}, LONG_CPU._replace(length=512), "prefix", "512 tokens in float32"),
+    ({}, LONG_CPU._replace(length=512), "blockwise", "512 x 512"),
     ({"dropout": 0.1}, LONG_CPU._replace(dropout=True), "reference", "dropout"),
     ({"dropout": 0.1}, LONG_CPU, "blockwise", "8192"),  # no dropout: an evaluation
     ({"attention_softcap": 50.0, "window": 64, "num_kv_heads": 2}, LONG_CPU, "blockwise", "8192"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.nn.matmul import numerics, product, project
+from lm.nn.matmul import numerics, product, project, sum_of_rows
 
 SIZES = (1, 3, 65, 127)
 
@@ -19,33 +20,58 @@ def operands(shape_x, shape_w, seed=0):
     return jax.random.normal(a, shape_x), jax.random.normal(b, shape_w)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "tensorfloat32"])
-@pytest.mark.parametrize("transpose_w", [False, True])
-def test_odd_sizes_run_and_equal_float64(dtype, transpose_w):
-    """Executed, not just compiled: XLA's CPU back end has refused some bfloat16 products only at run time."""
-    for M, K, N in itertools.product(SIZES, repeat=3):
-        x, w = operands((M, K), (N, K) if transpose_w else (K, N))
-        g = operands((M, N), (1,), seed=1)[0]
-        y, pull = jax.jit(lambda x, w: jax.vjp(lambda x, w: product(x, w, transpose_w, numerics(dtype)), x, w))(x, w)
-        dx, dw = jax.jit(pull)(g)
-        x, w, g = (np.asarray(v.astype(numerics(dtype).dtype), np.float64) for v in (x, w, g))
-        w = w.T if transpose_w else w
-        dw = dw.T if transpose_w else dw
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def values_and_gradients(problems, transpose_w, dtype):
+    """(y, dx, dw) of every (x, w, g), in one program."""
+    found = []
+    for x, w, g in problems:
+        y, pull = jax.vjp(lambda x, w: product(x, w, transpose_w, numerics(dtype)), x, w)
+        found.append((y, *pull(g)))
+    return found
+
+
+def check(shapes, transpose_w, dtype, batch=()):
+    """Products of every (M, K, N), and both gradients, against NumPy in float64.
+
+    float32 sums of up to 127 products of size one, whatever the operands' dtype: some units in the last place.
+    """
+    problems = []
+    for M, K, N in shapes:
+        x, w = operands((*batch, M, K), (*batch, *((N, K) if transpose_w else (K, N))))
+        problems.append((x, w, operands((*batch, M, N), (1,), seed=1)[0]))
+    for shape, problem, found in zip(shapes, problems, values_and_gradients(problems, transpose_w, dtype), strict=True):
+        x, w, g = (np.asarray(v.astype(numerics(dtype).dtype), np.float64) for v in problem)
+        y, dx, dw = found
         assert y.dtype == dx.dtype == dw.dtype == jnp.float32
-        # float32 sums of up to 127 products of size one, whatever the operands' dtype: some units in the last place
-        for got, wanted in ((y, x @ w), (dx, g @ w.T), (dw, x.T @ g)):
-            np.testing.assert_allclose(got, wanted, rtol=2e-6, atol=2e-5)
+        if transpose_w:
+            w, dw = w.swapaxes(-1, -2), dw.swapaxes(-1, -2)
+        for got, wanted in ((y, x @ w), (dx, g @ w.swapaxes(-1, -2)), (dw, x.swapaxes(-1, -2) @ g)):
+            np.testing.assert_allclose(got, wanted, rtol=2e-6, atol=2e-5, err_msg=str(shape))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_batched_product_and_its_gradients(dtype):
-    x, w = operands((2, 3, 5, 7), (2, 3, 11, 7))
-    y, pull = jax.vjp(lambda x, w: product(x, w, True, numerics(dtype)), x, w)
-    dx, dw = pull(jnp.ones_like(y))
-    x, w = (np.asarray(v.astype(dtype), np.float64) for v in (x, w))
-    np.testing.assert_allclose(y, np.einsum("abmk,abnk->abmn", x, w), atol=1e-5)
-    np.testing.assert_allclose(dx, np.broadcast_to(w.sum(2, keepdims=True), x.shape), atol=1e-5)
-    np.testing.assert_allclose(dw, np.broadcast_to(x.sum(2, keepdims=True), w.shape), atol=1e-5)
+@pytest.mark.parametrize("transpose_w", [False, True])
+def test_odd_sizes_run_and_equal_float64(dtype, transpose_w):
+    """Executed, not just compiled: XLA's CPU back end has refused some bfloat16 products only at run time."""
+    check(list(itertools.product(SIZES, repeat=3)), transpose_w, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "tensorfloat32"])
+@pytest.mark.parametrize("transpose_w", [False, True])
+@pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)
+def test_widths_that_are_turned_run_and_equal_float64(dtype, transpose_w, batch):
+    """`sum_of_rows` turns its first operand, x or for a transposed w g, in bfloat16 if it is a multiple of 8 wide."""
+    widths = [(8, 3), (24, 65), (65, 24), (72, 8), (7, 11)]
+    check([(M, *kn) for M in (1, 5, 127) for kn in widths], transpose_w, dtype, batch)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "turns"), [("bfloat16", 24, True), ("bfloat16", 20, False), ("float32", 24, False)]
+)
+def test_what_is_turned(dtype, width, turns):
+    x, y = operands((5, width), (5, 3))
+    text = jax.jit(lambda x, y: sum_of_rows(x, y, numerics(dtype))).lower(x, y).as_text()
+    assert ("stablehlo.transpose" in text) == turns
 
 
 def test_backward_pass_keeps_operands_in_bfloat16():

@@ -65,9 +65,14 @@ def compiled(cfg: RunConfig, mesh):
 
 def losses(cfg: RunConfig, mesh, with_state: bool = False):
     """The loss of each of ten updates, in nats a token; and the state after them."""
-    step, state = compiled(cfg, mesh)
+    found, state = ten_losses(*compiled(cfg, mesh), mesh)
+    return (found, state) if with_state else found
+
+
+def ten_losses(step, state, mesh):
+    """The loss of each of ten updates by a compiled step, and the state after them."""
     found = []
     for n in range(10):
         state, sums = step(state, put_rows(mesh, batch_at(n)), np.float32(n / 10))
         found.append(float(sums.nats / sums.tokens))
-    return (found, state) if with_state else found
+    return found, state

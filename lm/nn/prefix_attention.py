@@ -1,0 +1,53 @@
+"""Causal attention in blocks of queries, each against the keys up to its own end: half of the scores are never made.
+
+Shapes: B batch, T query position, S key position, N query heads, K key/value heads, H head width.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from lm.nn.attention import AttentionMask, attend
+from lm.nn.layers import Dropout
+from lm.nn.matmul import Numerics
+
+Array = jax.Array
+BLOCK = 128
+
+
+def attend_prefix(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    mask: AttentionMask,
+    *,
+    scale: float,
+    softcap: float | None,
+    numerics: Numerics,
+    dropout: Dropout | None,
+) -> Array:
+    """`lm.nn.attention.attend`, to its numbers but for the order of summation.
+
+    It has no dropout: the reference draws its mask for [T, S] whole. Without causality, or with an offset that is known
+    only when the program runs, it is the reference.
+    """
+    assert dropout is None, "prefix attention has no dropout on probabilities"
+    T, S, offset = q_BTNH.shape[1], k_BSKH.shape[1], mask.query_offset
+    one = functools.partial(attend, scale=scale, softcap=softcap, numerics=numerics, dropout=None)
+    if not mask.causal or not isinstance(offset, int):
+        return one(q_BTNH, k_BSKH, v_BSKH, mask)
+    blocks = []
+    for begin in range(0, T, BLOCK):
+        end = min(begin + BLOCK, T)
+        first = 0 if mask.window is None else min(max(offset + begin - mask.window + 1, 0), S - 1)
+        keys = slice(first, max(min(offset + end, S), first + 1))
+        own = mask._replace(
+            query_segments_BT=None if mask.query_segments_BT is None else mask.query_segments_BT[:, begin:end],
+            key_segments_BS=None if mask.key_segments_BS is None else mask.key_segments_BS[:, keys],
+            query_offset=offset + begin - first,
+        )
+        blocks.append(one(q_BTNH[:, begin:end], k_BSKH[:, keys], v_BSKH[:, keys], own))
+    return jnp.concatenate(blocks, axis=1)
