@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from lm.api import preset
 from lm.nn import language_model, params
-from lm.nn.chunked_nll import chunk_length, head_nll
+from lm.nn.chunked_nll import chunk_length, head_loss
 from lm.nn.language_model import unconstrained
 from lm.nn.matmul import numerics
 
@@ -50,11 +50,11 @@ def program(case: str, dtype: str, form: str) -> tuple[Callable[..., Any], Calla
             read = language_model.forward(
                 tree, targets_BT, None, positions_BT, cfg=model, dropout_keys_B=None, constrain=unconstrained
             )
-        nll_BT = head_nll(
-            tree, read, targets_BT,
-            vocabulary=V, softcap=None, numerics=numerics(dtype), constrain=unconstrained, chunk=chunk,
+        objective, _ = head_loss(
+            tree, read, targets_BT, jnp.ones((B, T)),
+            vocabulary=V, softcap=None, z_loss=None, numerics=numerics(dtype), constrain=unconstrained, chunk=chunk,
         )  # fmt: skip
-        return nll_BT.sum()
+        return objective
 
     gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(tree, read).compile()
     return gradient, jax.jit(loss).lower(tree, read).compile(), (tree, read)

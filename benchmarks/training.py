@@ -2,7 +2,7 @@
 
     python -m benchmarks training --workloads W1 W2 W3 --nanogpt DIR --nanodo DIR --json training.json
 
-On a GPU: --workloads W3 llama_1b --context 1024 --batch-size 32 [--packed] [--attention auto reference]
+On a GPU: --workloads W3 llama_1b --context 1024 --batch-size 16 [--packed True] [--attention auto reference]
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ from lm import allocator, cli, output
 from lm.config import DataConfig, InputError, RunConfig, TokenizerConfig
 from lm.fields import nearest
 from lm.observe.bar import Bar
-from lm.validation import validate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +82,7 @@ def inspect_data(argv: Sequence[str]) -> None:
     """Prints the totals and the rows."""
     arguments = cli.parse(InspectData, argv, prog="python -m lm data inspect")
     from lm.data import inspection
+    from lm.validation import validate
 
     data = dataclasses.replace(arguments.data, train=arguments.source)
     validate(RunConfig(data=data, tokenizer=arguments.tokenizer))

@@ -167,7 +167,8 @@ def restore(checkpoint: str | Path, items: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def entries(checkpoint: str | Path, item: str) -> set[str]:
-    """The names at the top of an item."""
+    """The names at the top of an item. Raises InputError where the checksums of its files differ."""
+    _check(checkpoint, item)
     return arrays.entries(Path(checkpoint) / item)
 
 

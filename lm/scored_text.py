@@ -51,11 +51,17 @@ def open_text(run: Loaded, data: str | None, progress: Progress | None = None) -
 
 
 def window_and_stride(run: Loaded, window: int | None, stride: int | None) -> tuple[int, int]:
-    """Those that are given, else those of the run's config; its stride fits only its own window. Checked."""
+    """Those that are given, else those of the run's config; its stride fits only its own window. Checked.
+
+    A run of ours may be scored on more than it was trained on; of a model from elsewhere what its config says holds.
+    """
     given = run.config.evaluation if window is None else EvaluationConfig(window=window)
     window = run.config.data.context if given.window is None else given.window
     stride = stride if stride is not None else window if given.stride is None else given.stride
     check_window(run.config.model, window, stride)
+    positions = run.config.model.max_positions if run.step is None else None
+    if positions is not None and window > positions:
+        raise InputError(f"window {window} is more than the {positions} positions of {run.path}: use at most that")
     return window, stride
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm import api
+from lm import api, scored_text
 from lm.checkpoint import Loaded
 from lm.config import InputError, ModelConfig, RunConfig
 from lm.data.tokenizer import ByteTokenizer
@@ -59,6 +60,15 @@ def test_refused_before_anything_is_scored(command, model, arguments, message):
     data = ["--data", f"text:{model.path}/*.txt"] if "--window" in arguments else ["--window", "16"]
     with pytest.raises(InputError, match=message):
         command([str(model.path), *data, *arguments])
+
+
+def test_a_window_past_the_positions_that_a_published_model_states(command, model, monkeypatch):
+    rotary = dataclasses.replace(model.config.model, positions="rotary")
+    published = Loaded(dataclasses.replace(model.config, model=rotary), model.params, model.tokenizer, None, model.path)
+    monkeypatch.setattr(api, "load", lambda path, **_: published)
+    with pytest.raises(InputError, match="window 33 is more than the 32 positions of"):
+        command([str(model.path), "--data", f"text:{model.path}/*.txt", "--window", "33"])
+    assert scored_text.window_and_stride(dataclasses.replace(published, step=1), 33, None) == (33, 33)
 
 
 def test_a_harness_that_is_not_there(command, monkeypatch):

@@ -75,6 +75,7 @@ def test_activations_go_with_the_rows_and_shrink_by_remat_and_tensor():
 @pytest.mark.parametrize("kernel", ["cudnn", "splash"])
 def test_a_kernel_that_cannot_run_here_is_planned(kernel):
     cfg = with_parts(run_config("llama"), model={"attention": kernel, "compute_dtype": "bfloat16"})
+    assert plan(cfg, 1).activations_bytes > 0
     assert 0 < kept_bytes(cfg, 16, 2)[0] < 2 * kept_bytes(with_parts(cfg, model={"attention": "blockwise"}), 16, 2)[0]
 
 

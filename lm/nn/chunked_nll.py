@@ -219,7 +219,8 @@ def _forward(
     db_GV = None if bias_V is None else jnp.zeros((form.groups, *bias_V.shape), jnp.float32)
     (dw_G, db_GV), parts = lax.scan(add, (dw_G, db_GV), jnp.arange(form.chunks))
     nll_BT, log_z_BT, dx_BTD = (form.join(part, x_BTD.shape[0]) for part in parts)
-    gradients = dw_G.sum(0), None if db_GV is None else db_GV.sum(0), dx_BTD
+    db_V = None if db_GV is None or bias_V is None else db_GV.sum(0).astype(bias_V.dtype)
+    gradients = dw_G.sum(0).astype(w.dtype), db_V, dx_BTD
     return _weighted(nll_BT, log_z_BT, weights_BT, form.z_loss), gradients
 
 
@@ -227,8 +228,8 @@ def _backward(
     form: _Form, gradients: tuple[Array, Array | None, Array], cotangents: tuple[Array, Array]
 ) -> tuple[Array, Array | None, Array, None, None]:
     g, _ = cotangents  # of the objective: in training 1, which the compiler leaves out
-    dw, db_V, dx_BTD = gradients
-    return g * dw, None if db_V is None else g * db_V, (g * dx_BTD).astype(dx_BTD.dtype), None, None
+    dw, db_V, dx_BTD = jax.tree.map(lambda gradient: (g * gradient).astype(gradient.dtype), gradients)
+    return dw, db_V, dx_BTD, None, None
 
 
 _chunked_loss.defvjp(_forward, _backward)

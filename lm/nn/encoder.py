@@ -117,7 +117,8 @@ def encode(
         whole = every if scanned == L else jax.tree.map(lambda stacked: stacked[:scanned], every)
         groups = jax.tree.map(lambda stacked: stacked.reshape(-1, P, *stacked.shape[1:]), whole)
         carry, _ = jax.lax.scan(run_pattern, carry, groups)
-    for index, layer in enumerate(_unstacked(layers, L)[scanned:], scanned):
+    left = jax.tree.map(lambda stacked: stacked[scanned:], layers) if scanned else layers
+    for index, layer in enumerate(_unstacked(left, L - scanned), scanned):
         carry = run_layer(carry, (layer, index), pattern[index % P])
     return carry
 
@@ -239,6 +240,8 @@ def _at(stacked: Any, index: int) -> Any:
 def _unstacked(stacked: Any, layers: int) -> list[Any]:
     """All layers of a tree of stacked arrays. Their gradients are joined once; those of `_at` would be padded each to
     the whole stack, and added."""
+    if not layers:
+        return []
     leaves, tree = jax.tree.flatten(stacked)
     pieces = [jax.lax.split(leaf, (1,) * layers, axis=0) for leaf in leaves]
     return [jax.tree.unflatten(tree, [piece[0] for piece in layer]) for layer in zip(*pieces, strict=True)]

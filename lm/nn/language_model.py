@@ -88,7 +88,7 @@ def nll(
     constrain: Constrain,
     attend: Attend | None = None,
 ) -> Array:
-    """Negative log-likelihood of every target, nll_BT in nats, float32."""
+    """Negative log-likelihood of every target, nll_BT in nats, float32, for whoever wants it by token; see `loss`."""
     x_BTD = forward(
         params,
         tokens_BT,
@@ -175,7 +175,7 @@ def forward_cached(
     """`forward` of the next T tokens of every row, which see what the cache holds: x_BTD and the longer cache."""
     cache = cache.mark(segments_BT)
     mask = AttentionMask(True, segments_BT, cache.segments_BS, query_offset=cache.length)
-    # The reference: a new token has but one row of scores, and the kernels don't know a cache.
+    # The reference, for prompts too: a new token has but one row of scores, and the kernels don't know a cache.
     x_BTD, written = _run(params, tokens_BT, positions_BT, mask, cache, cfg, None, constrain, reference_attend)
     assert written is not None
     return x_BTD, written.advance(tokens_BT.shape[1])

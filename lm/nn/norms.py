@@ -60,7 +60,7 @@ def _rms_backward(epsilon: float, offset: bool, saved: tuple[Array, Array, Array
     h, g = x.astype(jnp.float32) * shrink, g.astype(jnp.float32)
     dh = g * _gain(scale, x.ndim, offset)
     dx = shrink * (dh - h * jnp.mean(dh * h, axis=-1, keepdims=True))
-    return dx.astype(x.dtype), _over_rows(g * h)
+    return dx.astype(x.dtype), _over_rows(g * h).astype(scale.dtype)
 
 
 _rms_norm.defvjp(_rms_forward, _rms_backward)
@@ -88,7 +88,8 @@ def _layer_backward(epsilon: float, saved: tuple, g: Array) -> tuple[Array, Arra
     h, g = (x.astype(jnp.float32) - mean) * shrink, g.astype(jnp.float32)
     dh = g * _gain(scale, x.ndim, False)
     dx = shrink * (dh - jnp.mean(dh, axis=-1, keepdims=True) - h * jnp.mean(dh * h, axis=-1, keepdims=True))
-    return dx.astype(x.dtype), _over_rows(g * h), None if bias is None else _over_rows(g)
+    dbias = None if bias is None else _over_rows(g).astype(bias.dtype)
+    return dx.astype(x.dtype), _over_rows(g * h).astype(scale.dtype), dbias
 
 
 _layer_norm.defvjp(_layer_forward, _layer_backward)

@@ -159,7 +159,7 @@ class _Log:
         self.held = None
         sums = jax.device_get(sums)
         self.steps_since += 1
-        self.diverged = int(sums.skipped.in_a_row) > self.max_skipped_steps
+        self.diverged |= int(sums.skipped.in_a_row) > self.max_skipped_steps  # a step that is under way may recover
         if not _due(step, self.every_steps):
             return
         elapsed = time.perf_counter() - self.since

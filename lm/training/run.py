@@ -73,7 +73,7 @@ def run(start: Start, workdir: Path, *, write: Callable[[dict[str, Any]], None],
             checkpoints.save(step, items, None if scores is None else loop.summary(scores))
 
         peak = peak_flops(mesh.devices.flat[0])
-        loop.train(
+        state, *_ = loop.train(
             state,
             step,
             seconds,
@@ -86,6 +86,9 @@ def run(start: Start, workdir: Path, *, write: Callable[[dict[str, Any]], None],
             peak_flops=None if peak is None else peak * mesh.size,
             stop=stop,
         )
+        skipped = int(jax.device_get(state.skipped.total))
+        if skipped:
+            say(f"skipped    {skipped} steps, whose loss or gradients were not finite numbers")
 
 
 def _evaluate(start: Start, mesh: Mesh, say: Say) -> Callable[[Any], dict[str, Scores]]:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm.config import RunConfig, TrainingConfig
+from lm.config import InputError, RunConfig, TrainingConfig
 from lm.training import loop, transfers
 from lm.training.budget import Budget
 from lm.training.signals import StopRequest
@@ -57,6 +57,18 @@ def test_the_next_step_is_dispatched_before_the_numbers_of_the_last_are_there():
 
     train(step, written)
     assert [record["train/loss"] for record in written] == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_run_that_is_given_up_is_so_though_the_step_under_way_recovers():
+    counts = iter([0, 11, 0, 0])  # more than max_skipped_steps in a row by the second step
+
+    def step(state, batch, progress):
+        one = np.float32(1)
+        numbers = dict.fromkeys(Sums._fields, one) | {"skipped": Skipped(np.int32(11), np.int32(next(counts)))}
+        return state, Sums(**numbers)
+
+    with pytest.raises(InputError, match="diverged: .* more than 10 steps in a row"):
+        train(step, [])
 
 
 @pytest.fixture
