@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -20,14 +21,26 @@ from lm.config import InputError
 from lm.observe.bar import Bar
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from lm import Loaded, Scores
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Layout:
+    """How a model lies over the devices, as in training. Whatever it is, the result is the same."""
+
+    fsdp: int = 1
+    """Devices that share the parameters between them; each has its own windows to score."""
+    tensor: int = 1
+    """Devices that share each layer's heads, hidden units and vocabulary, and its work."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments(cli.Processes):
     """Perplexity of a model on a text: every token of every document scored once, by the protocol that is printed."""
 
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = dataclasses.field(kw_only=True)
     """A run directory, one checkpoint inside it, or a Hugging Face model directory."""
     data: str | None = None
     """Source of text, or the name of one of the run's validation texts. None: the first of these."""
@@ -56,25 +69,47 @@ class Arguments:
     """Tasks of lm-evaluation-harness, TASK[,TASK] (extra: harness). A text is scored then only if --data says so."""
     harness_include: str | None = None
     """A folder with task files of your own."""
+    parallel: Layout = dataclasses.field(default_factory=Layout)
 
 
 def evaluate(argv: Sequence[str]) -> None:
     arguments = cli.parse(Arguments, argv, prog="eval.py")
-    files = _files(arguments)
     _check_harness(arguments)
     allocator.keep_freed_memory()
     with cli.loading():
-        from lm import api
+        from lm import api, hosts
 
-    run = api.load(arguments.model, step=arguments.step, dtype=arguments.compute_dtype)
+    arguments.connect()
+    files = _files(arguments) if hosts.is_first() else {}
+    if arguments.harness is not None and hosts.count() > 1:
+        raise InputError(
+            f"--harness runs in one process, and there are {hosts.count()}: start it on one machine, over whose "
+            "devices --parallel.fsdp and --parallel.tensor lay the model out"
+        )
+    mesh = _mesh(arguments.parallel)
+    load = functools.partial(
+        api.load, step=arguments.step, dtype=arguments.compute_dtype, mesh=mesh if mesh.size > 1 else None
+    )
+    run = load(arguments.model)
     result: dict[str, Any] = {}
     if arguments.harness is None or arguments.data is not None:
-        result = _score(run, arguments, files)
+        result = _score(run, [load(path) for path in arguments.compare], arguments, files)
         _write(result, files)  # before a harness may fail
     if arguments.harness is not None:
         result.setdefault("model", {"path": str(run.path), "step": run.step, "parameters": run.num_parameters})
-        result["harness"] = _run_harness(run, arguments)
+        result["harness"] = _run_harness(run, mesh, arguments)
     _write(result, files)
+
+
+def _mesh(layout: Layout) -> "Mesh":
+    """All devices of all processes."""
+    from lm.config import ParallelConfig
+    from lm.parallel import make_mesh
+
+    for name, size in dataclasses.asdict(layout).items():
+        if size < 1:
+            raise InputError(f"parallel.{name} is {size}: use 1 device or more")
+    return make_mesh(ParallelConfig(fsdp=layout.fsdp, tensor=layout.tensor))
 
 
 def _write(result: dict[str, Any], files: dict[str, Path]) -> None:
@@ -93,15 +128,17 @@ def _files(arguments: Arguments) -> dict[str, Path]:
     return files
 
 
-def _score(run: "Loaded", arguments: Arguments, files: dict[str, Path]) -> dict[str, Any]:
-    """Scores the text under the model, and under those it is compared with; shows and returns the result."""
-    from lm import api, scored_text
+def _score(run: "Loaded", others: "Sequence[Loaded]", arguments: Arguments, files: dict[str, Path]) -> dict[str, Any]:
+    """Scores the text under the model, and under the others it is compared with; shows and returns the result.
+
+    Of several processes the first alone shows and writes it.
+    """
+    from lm import api, hosts, scored_text
     from lm.evaluation.comparison import compare
 
     how = {name: getattr(arguments, name) for name in ("window", "stride", "score_eos")}
-    others = [api.load(path, step=arguments.step, dtype=arguments.compute_dtype) for path in arguments.compare]
     scored_text.check_together([run, *others], None, **how)
-    with Bar(Console(stderr=True)) as bar, contextlib.ExitStack() as opened:
+    with _bar(hosts.is_first()) as bar, contextlib.ExitStack() as opened:
         text = scored_text.open_text(run, arguments.data, bar)
         scored_text.check_together([run, *others], text, **how)
         tokens: TextIO | None = None
@@ -110,6 +147,11 @@ def _score(run: "Loaded", arguments: Arguments, files: dict[str, Path]) -> dict[
         how |= {"batch_size": arguments.batch_size, "progress": bar}
         scores = [api.evaluate(run, text, tokens=tokens, **how)]
         scores += [api.evaluate(other, text, **how) for other in others]
+    result = scores[0].to_dict()
+    if others:
+        result["comparison"] = compare(scores)
+    if not hosts.is_first():
+        return result
     for each in scores:
         _warn(each)
     if "by_document" in files:
@@ -118,12 +160,14 @@ def _score(run: "Loaded", arguments: Arguments, files: dict[str, Path]) -> dict[
             file.writelines(
                 json.dumps(record, ensure_ascii=False) + "\n" for record in scores[0].per_document.records()
             )
-    result = scores[0].to_dict()
     _show(result)
     if others:
-        result["comparison"] = compare(scores)
         _show_comparison(result["comparison"])
     return result
+
+
+def _bar(shown: bool) -> Bar:
+    return Bar(Console(stderr=True, force_terminal=None if shown else False))
 
 
 def _warn(scores: "Scores") -> None:
@@ -210,11 +254,9 @@ def _check_harness(arguments: Arguments) -> None:
         raise InputError(f"--harness-include {arguments.harness_include}: there is no such folder")
 
 
-def _run_harness(run: "Loaded", arguments: Arguments) -> dict[str, Any]:
+def _run_harness(run: "Loaded", mesh: "Mesh", arguments: Arguments) -> dict[str, Any]:
     """Runs the tasks, prints the harness's table, and returns its results."""
     from lm import scored_text
-    from lm.config import ParallelConfig
-    from lm.parallel import make_mesh
 
     scored_text.tokenizer_of(run)
     window, _ = scored_text.window_and_stride(run, arguments.window, arguments.stride)
@@ -226,8 +268,7 @@ def _run_harness(run: "Loaded", arguments: Arguments) -> dict[str, Any]:
         raise InputError("--harness names no task: give one or more, as in --harness lambada_openai,piqa")
     from lm.evaluation import harness
 
-    with Bar(Console(stderr=True)) as bar:
-        mesh = make_mesh(ParallelConfig())
+    with _bar(True) as bar:
         model = harness.HarnessModel(run, window=window, batch_size=batch_size, mesh=mesh, progress=bar)
         results = harness.evaluate(model, tasks, arguments.harness_include)
     print(harness.table(results))

@@ -10,7 +10,8 @@ def train(argv: Sequence[str]) -> None:
     with cli.loading():
         from lm import api
 
-    config, workdir = cli.train_arguments(argv, api.preset)
+    config, workdir, arguments = cli.train_arguments(argv, api.preset)
+    arguments.connect()
     api.train(config, workdir)
 
 

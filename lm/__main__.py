@@ -199,10 +199,19 @@ def export_model(argv: Sequence[str]) -> None:
 @dataclasses.dataclass(frozen=True)
 class PlanArguments(cli.PresetArguments):
     """Says what a run would take, before anything runs: parameters, FLOPs a token, bytes a device. PRESET and fields as
-    for train.py. No text is read: a BPE that is to be trained is taken to have tokenizer.vocab_size tokens."""
+    for train.py. No text is read: a BPE that is to be trained is taken to have tokenizer.vocab_size tokens. With
+    --device, the step is compiled ahead of time for as many fake devices: what XLA finds it to take, what the devices
+    exchange, and what that takes at least by the device's data sheet."""
 
     devices: int | None = None
     """Devices to share the run out over; they needn't be there. None: as many as the parallel section names."""
+    mesh: str | None = None
+    """Sizes of the mesh axes in place of the parallel section's and --devices, as in data=8,fsdp=64."""
+    device: str | None = None
+    """The accelerator to plan for: h100, h200, b200, a100, tpu-v4, tpu-v5e, tpu-v5p or tpu-v6e. None: nothing is
+    compiled."""
+    devices_per_host: int | None = None
+    """Devices that fast links join, NVLink or ICI. None: those of the device: 8 GPUs of a host, a pod of TPUs."""
     json: str | None = None
     """Also write the figures to this file."""
 
@@ -213,22 +222,73 @@ def plan(argv: Sequence[str]) -> None:
 
     name, arguments = cli.with_preset(PlanArguments, argv, api.preset, prog="python -m lm plan")
     target = None if arguments.json is None else output.writable_file("--json", arguments.json)
+    from lm import accelerators, forecast
     from lm import plan as plans
 
-    config = plans.resolved(arguments.config, api.load)
+    device = None if arguments.device is None else accelerators.accelerator(arguments.device)
+    island = arguments.devices_per_host
+    if island is not None and (device is None or island < 1):
+        raise InputError(f"--devices-per-host is {island}: use 1 or more, with --device")
+    config = arguments.config
+    if arguments.mesh is not None:
+        if arguments.devices is not None:
+            raise InputError(f"--mesh {arguments.mesh} says how many devices there are: leave --devices out")
+        sizes = forecast.parsed_mesh(arguments.mesh)
+        parallel = dataclasses.replace(config.parallel, data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor)
+        config = dataclasses.replace(config, parallel=parallel)
+    config = plans.resolved(config, api.load)
     parallel = config.parallel
     named = (parallel.data or 1) * parallel.fsdp * parallel.tensor
-    found = plans.plan(config, named if arguments.devices is None else arguments.devices)
+    devices = named if arguments.devices is None else arguments.devices
+    if device is None:
+        found = plans.plan(config, devices)
+        lines, figures = plans.lines(name, found), found.as_dict()
+    else:
+        future = forecast.forecast(config, devices, str(arguments.device), device, island)
+        lines = plans.lines(name, future.planned) + forecast.lines(future, device, island)
+        figures = {**future.planned.as_dict(), "forecast": future.as_dict()}
     if target is not None:
         with output.whole_file(target) as file:
-            file.write(json.dumps({"preset": name, **found.as_dict()}, indent=2) + "\n")
-    for line in plans.lines(name, found):
+            file.write(json.dumps({"preset": name, **figures}, indent=2) + "\n")
+    for line in lines:
         print(line)
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """Runs train.py or eval.py as several processes on this machine, as a cluster would: for tests and for teaching.
+    What follows -- is the command: python -m lm launch --processes 4 -- train.py PRESET ..."""
+
+    processes: int
+    """How many."""
+    devices: int = 1
+    """CPU devices of each."""
+    timeout: float | None = None
+    """Seconds after which all are killed. None: never."""
+
+
+def launch(argv: Sequence[str]) -> None:
+    """Runs them; its exit status is the first of theirs that isn't 0."""
+    own, dashes, command = (list(argv), [], []) if "--" not in argv else _split(argv)
+    arguments = cli.parse(Launch, own, prog="python -m lm launch")
+    if not dashes:
+        raise InputError("the command to launch follows --: python -m lm launch --processes 4 -- train.py PRESET ...")
+    from lm.launch import launch as run
+
+    if status := run(command, processes=arguments.processes, devices=arguments.devices, seconds=arguments.timeout):
+        sys.exit(status)
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """What comes before the first --, that itself, and what follows."""
+    place = list(argv).index("--")
+    return list(argv[:place]), ["--"], list(argv[place + 1 :])
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "generate": generate,
     "plan": plan,
+    "launch": launch,
     "import": import_model,
     "export": export_model,
     "data inspect": inspect_data,

@@ -6,15 +6,18 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import json
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+import jax
+from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 
-from lm import checkpoint, compilation, generation
+from lm import checkpoint, compilation, generation, hosts, watch
 from lm.checkpoint import Loaded
 from lm.config import InputError, ParallelConfig, RunConfig
 from lm.evaluation.perplexity import Evaluator, Scores, check_eos
@@ -25,12 +28,12 @@ from lm.interop import huggingface
 from lm.observe.bar import Bar
 from lm.observe.terminal import Terminal
 from lm.observe.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, WandbWriter, Writer
-from lm.parallel import make_mesh
+from lm.parallel import make_mesh, rules_of
 from lm.run_directory import locked
 from lm.scored_text import ScoredText, open_text, tokenizer_of, window_and_stride
 from lm.training.conclusion import conclude, final_evaluation, score
 from lm.training.run import run as run_training
-from lm.training.signals import StopRequest
+from lm.training.signals import StopRequest, decided
 from lm.training.start import Start, prepare
 from lm.training.texts import Progress, store_of
 
@@ -78,21 +81,23 @@ def train(config: RunConfig, workdir: str | Path) -> Loaded:
     """Trains a run to the end of its budget, continuing what `workdir` holds, and evaluates it; what train.py calls.
 
     Returns the trained model. Raises InputError before anything compiles if config, text, devices or workdir don't fit;
-    SystemExit(143 or 130) after saving, if stopped by SIGTERM or Ctrl-C.
+    SystemExit(143 or 130) after saving, if stopped by SIGTERM or Ctrl-C. Of several processes all make the call; the
+    parameters that it returns lie over all of them.
     """
     compilation.keep()
-    workdir, console = Path(workdir), Terminal()
+    workdir, console = Path(workdir), Terminal(quiet=not hosts.is_first())
+    watch.continues(lambda: _to_continue(workdir))
 
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     with contextlib.ExitStack() as held:
         there = workdir.is_dir()
-        if there:
+        if there and hosts.is_first():
             held.enter_context(locked(workdir))
         with Bar(console) as bar:
             start = prepare(config, workdir, say, load=load, progress=bar)
-        if not there:
+        if not there and hosts.is_first():
             workdir.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(workdir))
             if any(workdir.iterdir()):  # another process began one, and ended, while this one read the text
@@ -103,16 +108,28 @@ def train(config: RunConfig, workdir: str | Path) -> Loaded:
                 run_training(start, workdir, write=writers.write, say=say, stop=stop)
             finally:
                 writers.close()
+            decided(0.0, stop)  # a signal since the last step
         if stop.signal is not None:
             say(f"stopped    by {signal.Signals(stop.signal).name}; saved in {workdir}; the same command continues")
             raise SystemExit(128 + stop.signal)
-        run = dataclasses.replace(checkpoint.load(workdir), config=start.config)  # its evaluation may have changed
+        # Of several processes none need hold all parameters.
+        mesh = make_mesh(config.parallel) if hosts.count() > 1 else None
+        run = checkpoint.load(workdir, mesh=mesh, rules=rules_of(config.parallel))
+        run = dataclasses.replace(run, config=start.config)  # its evaluation may have changed
         result = final_evaluation(run, start, workdir, say)
-    conclude(run, start.tokenizer, result, workdir, say)
+    if hosts.is_first():
+        conclude(run, start.tokenizer, result, workdir, say)
     return run
 
 
-def load(path: str | Path, *, step: str | int = "latest", dtype: str = "float32") -> Loaded:
+def _to_continue(workdir: Path) -> str:
+    """What is said where a run ends because another of its processes is gone."""
+    step = checkpoint.latest_step(workdir)
+    last = "No checkpoint was written yet" if step is None else f"The last checkpoint is of step {step}, in {workdir}"
+    return f"{last}; the same command continues, with any number of processes"
+
+
+def load(path: str | Path, *, step: str | int = "latest", dtype: str = "float32", mesh: Mesh | None = None) -> Loaded:
     """Opens a model: a run directory, one checkpoint inside it, written on any number of devices of any kind, or a
     Hugging Face model folder.
 
@@ -121,6 +138,8 @@ def load(path: str | Path, *, step: str | int = "latest", dtype: str = "float32"
     Args:
       step: "latest", "best" (by validation loss) or a number, for a run directory.
       dtype: it computes in float32 unless this says "bfloat16" (parameters are cast too) or "tensorfloat32".
+      mesh: of `lm.parallel.make_mesh`, to lay the parameters out over: each process reads what its devices hold, so
+        that none need hold all, and all processes of the mesh make the call. None: this process's first device.
     """
     if dtype not in ("float32", "bfloat16", "tensorfloat32"):
         raise InputError(f"dtype is {dtype!r}: use 'float32', 'bfloat16' or 'tensorfloat32'")
@@ -128,9 +147,9 @@ def load(path: str | Path, *, step: str | int = "latest", dtype: str = "float32"
     if huggingface.is_folder(path):
         if step not in ("latest", "best"):
             raise InputError(f"{path} is a Hugging Face model folder: it has no step {step}, leave the step out")
-        run = huggingface.load(path, dtype="bfloat16" if dtype == "bfloat16" else "float32")
+        run = huggingface.load(path, dtype="bfloat16" if dtype == "bfloat16" else "float32", mesh=mesh)
     else:
-        run = checkpoint.load(path, step=step, dtype="bfloat16" if dtype == "bfloat16" else None)
+        run = checkpoint.load(path, step=step, dtype="bfloat16" if dtype == "bfloat16" else None, mesh=mesh)
     # auto: the back end that it was trained with may not run here
     model = dataclasses.replace(run.config.model, compute_dtype=dtype, attention="auto")  # type: ignore[arg-type]
     return dataclasses.replace(run, config=dataclasses.replace(run.config, model=model))
@@ -149,6 +168,9 @@ def evaluate(
 ) -> Scores:
     """Perplexity of a model on a source of text, each document's every token scored once.
 
+    It is computed on the mesh that the model was loaded onto, else on all devices, each with a copy of the parameters.
+    Where the devices are of several processes, all make the call, and all get the result.
+
     Args:
       data: a source of text, or the name of one of the run's validation texts; None: the first of these.
       window: the longest input the model sees, in tokens; None: as in the run's config.
@@ -163,7 +185,7 @@ def evaluate(
     check_eos(tokenizer, score_eos)
     text = data if isinstance(data, ScoredText) else open_text(run, data, progress)
     store = store_of(text.text, tokenizer, config, progress)
-    mesh = make_mesh(ParallelConfig())
+    mesh = _mesh_of(run)
     evaluator = Evaluator(
         config.model,
         store,
@@ -175,9 +197,20 @@ def evaluate(
         score_prompts=text.score_prompts,
         score_eos=score_eos,
     )
+    if mesh.is_multi_process:
+        hosts.barrier("the text to score", hosts.LONG)  # where one has its tokens yet to make
+        hosts.same("evaluation", json.dumps({**evaluator.protocol, "data": None, "rows": evaluator.rows}))
     tell = None if progress is None else functools.partial(progress, f"scoring under {run.path}")
     each = None if tokens is None else SurprisalWriter(tokens, text.text, store, tokenizer)
     return score(run, evaluator, mesh, tell, each)
+
+
+def _mesh_of(run: Loaded) -> Mesh:
+    """The mesh that the parameters lie on; a mesh of all devices where they lie on a single one."""
+    place = jax.tree.leaves(run.params)[0].sharding
+    if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh):
+        return place.mesh
+    return make_mesh(ParallelConfig())
 
 
 def generate(
@@ -213,6 +246,8 @@ class _Writers:
         self._writers: list[Writer] = []
 
     def write(self, record: dict[str, Any]) -> None:
+        if not hosts.is_first():
+            return
         self._writers = self._writers or self._open()
         for writer in self._writers:
             if "start" in record:

@@ -81,15 +81,19 @@ def entries(folder: Path) -> set[str]:
     return set(_saved_tree(folder))
 
 
-def read_here(folder: Path, *, dtype: Any) -> Any:
-    """Reads a whole item onto this process's first device; `dtype` (None: as saved) casts its floating-point leaves."""
+def read_all(folder: Path, *, dtype: Any, shardings: Any = None) -> Any:
+    """Reads a whole item; `dtype` (None: as saved) casts its floating-point leaves.
+
+    `shardings` is a tree like the item: each process reads what its own devices hold. None: all on its first device.
+    """
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
-    def wanted(leaf: Any) -> jax.ShapeDtypeStruct:
+    def wanted(leaf: Any, place: jax.sharding.Sharding = here) -> jax.ShapeDtypeStruct:
         cast = dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jax.ShapeDtypeStruct(leaf.shape, dtype if cast else leaf.dtype, sharding=here)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype if cast else leaf.dtype, sharding=place)
 
-    return _read(folder, jax.tree.map(wanted, _saved_tree(folder)))
+    saved = _saved_tree(folder)
+    return _read(folder, jax.tree.map(wanted, saved, *([] if shardings is None else [shardings])))
 
 
 def _described(tree: Any) -> dict[str, str]:

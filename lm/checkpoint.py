@@ -23,10 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from lm import arrays
+from lm import arrays, hosts
 from lm.config import InputError, RunConfig
 from lm.manifest import MANIFEST, Manifest, add_metrics, read_manifest, sync, verify, write_atomically, write_manifest
+from lm.nn.language_model import model_specs
+from lm.parallel import RULES, Rules, parameter_shardings
 from lm.run_directory import (
     BEST,
     CHECKPOINTS,
@@ -84,6 +87,12 @@ class CheckpointWriter:
         self._first = jax.process_index() == 0
         if self._first:
             self._prepare_run(save_tokenizer)
+        hosts.barrier("the run directory")
+        if not (self._run / CONFIG).is_file():
+            raise InputError(
+                f"{workdir}, where process 0 has begun the run, holds none for process {hosts.index()}: name a "
+                "--workdir on a file system that all machines share"
+            )
         self._arrays = arrays.ArrayWriter(self._complete)
 
     def save(self, step: int, items: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> None:
@@ -109,6 +118,7 @@ class CheckpointWriter:
         """Blocks until the last save is complete, deletes what it makes superfluous; raises what went wrong in it."""
         self._arrays.wait()
         if self._saving:
+            hosts.barrier("the checkpoint", hosts.LONG)  # when all have written, the first computes checksums
             self._saving = {}
             self._prune()
 
@@ -162,7 +172,8 @@ def restore(checkpoint: str | Path, items: Mapping[str, Any]) -> dict[str, Any]:
     without becomes a numpy array. Raises InputError, naming the leaves, where structure, shape or dtype differ, and,
     naming the files, where their checksums do.
     """
-    _check(checkpoint, *items)
+    everywhere = any(_over_processes(leaf.sharding) for leaf in jax.tree.leaves(items))
+    _check(checkpoint, *items, together=everywhere)
     return {name: arrays.read_as(Path(checkpoint) / name, wanted) for name, wanted in items.items()}
 
 
@@ -172,13 +183,14 @@ def entries(checkpoint: str | Path, item: str) -> set[str]:
     return arrays.entries(Path(checkpoint) / item)
 
 
-def restore_params(checkpoint: str | Path, *, dtype: Any = None) -> dict[str, Any]:
-    """The parameters of a checkpoint as a nested dict of jax arrays on this process's first device.
+def restore_params(checkpoint: str | Path, *, dtype: Any = None, shardings: Any = None) -> dict[str, Any]:
+    """The parameters of a checkpoint as a nested dict of jax arrays, laid out by a tree of shardings like it.
 
-    `dtype` casts floating-point leaves as they are read; None leaves them as saved.
+    `dtype` casts floating-point leaves as they are read; None leaves them as saved. `shardings` None: on this process's
+    first device.
     """
-    _check(checkpoint, "params")
-    return arrays.read_here(Path(checkpoint) / "params", dtype=dtype)
+    _check(checkpoint, "params", together=any(map(_over_processes, jax.tree.leaves(shardings))))
+    return arrays.read_all(Path(checkpoint) / "params", dtype=dtype, shardings=shardings)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -215,17 +227,32 @@ class Loaded:
         return jax.jit(lambda params, tokens_BT: self.model.apply({"params": params}, tokens_BT))
 
 
-def load(path: str | Path, *, step: str | int = "latest", dtype: Any = None) -> Loaded:
-    """Opens a run directory or one checkpoint: config, parameters and tokenizer, with nothing but the path."""
+def load(
+    path: str | Path,
+    *,
+    step: str | int = "latest",
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    rules: Rules = RULES,
+) -> Loaded:
+    """Opens a run directory or one checkpoint: config, parameters and tokenizer, with nothing but the path.
+
+    The parameters lie on this process's first device. With a `mesh` they lie on it by the `rules`, whatever they were
+    written from, and each process reads its own part: no device and no host need hold all of them.
+    """
     checkpoint = locate(path, step)
+    if mesh is not None and mesh.is_multi_process:  # a run that goes on has a new latest one at any moment
+        checkpoint = locate(path, hosts.agree("the step to open", str(read_manifest(checkpoint).step)))
     _check(checkpoint, CONFIG, *TOKENIZERS)
     tokenizer = None
     if any((checkpoint / name).is_file() for name in TOKENIZERS):
         from lm.data import tokenizer as tokenizers
 
         tokenizer = tokenizers.load(checkpoint)
-    params = restore_params(checkpoint, dtype=dtype)
-    return Loaded(read_config(checkpoint), params, tokenizer, read_manifest(checkpoint).step, checkpoint)
+    config = read_config(checkpoint)
+    shardings = None if mesh is None else parameter_shardings(mesh, model_specs(config.model), rules)
+    params = restore_params(checkpoint, dtype=dtype, shardings=shardings)
+    return Loaded(config, params, tokenizer, read_manifest(checkpoint).step, checkpoint)
 
 
 def write(run: Loaded, workdir: str | Path, *, provenance: Mapping[str, str]) -> Path:
@@ -246,7 +273,17 @@ def write(run: Loaded, workdir: str | Path, *, provenance: Mapping[str, str]) ->
     return step_path(workdir, step)
 
 
-def _check(checkpoint: str | Path, *parts: str) -> None:
-    """Compares checksums before anything is read: a changed byte in an array would otherwise pass for a number."""
-    if problems := verify(checkpoint, parts):
+def _check(checkpoint: str | Path, *parts: str, together: bool = False) -> None:
+    """Compares checksums before anything is read: a changed byte in an array would otherwise pass for a number.
+
+    All processes `together` look at each file once, and none goes on before all have found theirs in order.
+    """
+    share = (hosts.index(), hosts.count()) if together else (0, 1)
+    if problems := verify(checkpoint, parts, share):
         raise InputError(f"{checkpoint} is damaged: {listed(problems)}. Use another checkpoint of the run")
+    if together:
+        hosts.barrier(f"the checksums of {Path(checkpoint).name}", hosts.LONG)
+
+
+def _over_processes(sharding: Any) -> bool:
+    return sharding is not None and not sharding.is_fully_addressable

@@ -8,10 +8,11 @@ import errno
 import gc
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import tyro
 
@@ -21,25 +22,71 @@ Arguments = TypeVar("Arguments")
 
 
 def main(command: Callable[[Sequence[str]], Any]) -> None:
-    """Runs a command on the process's arguments. The user's mistakes end in one message and exit status 2."""
+    """Runs a command on the process's arguments. The user's mistakes end in one message and exit status 2.
+
+    Where the process is one of several, all of them end together: see `lm.watch`.
+    """
     warnings.showwarning = _warn  # type: ignore[assignment]
     try:
         command(sys.argv[1:])
+        _finish()
         gc.freeze()  # the interpreter's last collection would look through all of JAX for a third of a second
+    except SystemExit as end:
+        if end.code in (None, 0, *STOPPED):
+            _finish()
+        else:
+            _fail_all(f"ended with status {end.code}", end.code if isinstance(end.code, int) else 1)
+        raise
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             _reader_gone()
         if error.errno != errno.ENOSPC:
+            _crash(error)
             raise
         place = f" for {error.filename}" if error.filename else ""
-        print(f"error: no space is left on the disk{place}: make room, and give the command again", file=sys.stderr)
-        sys.exit(2)
+        _fail(f"no space is left on the disk{place}: make room, and give the command again")
     except KeyboardInterrupt:
+        _fail_all("interrupted", 130)
         print("interrupted", file=sys.stderr, flush=True)
         os._exit(130)  # at once: XLA's threads may be at work, and crash while the interpreter is taken down
+    except Exception as error:
+        _crash(error)
+        raise
+
+
+STOPPED = (130, 143)
+"""Exit statuses of a run that Ctrl-C or SIGTERM has stopped in good order, on all processes."""
+
+
+def _fail(message: str) -> NoReturn:
+    _fail_all(message, 2)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _fail_all(message: str, status: int) -> None:
+    """Ends all processes of a run of several; returns where this is the only one."""
+    if "lm.watch" in sys.modules:  # loads JAX
+        sys.modules["lm.watch"].fail(status, message)
+
+
+def _crash(error: Exception) -> None:
+    """What isn't the user's fault may be another process's; else it is shown here, and all processes end."""
+    watch = sys.modules.get("lm.watch")
+    if watch is None or not watch.watching():
+        return
+    if isinstance(error, watch.HostError):
+        watch.fail(watch.LOST_STATUS, str(error))
+    watch.wait_for_word(error)
+    traceback.print_exception(error)
+    watch.fail(1, f"{type(error).__name__}: {error}")
+
+
+def _finish() -> None:
+    if "lm.hosts" in sys.modules:
+        sys.modules["lm.hosts"].finish()
 
 
 @contextlib.contextmanager
@@ -57,12 +104,15 @@ def loading() -> Iterator[None]:
 
 
 def _warn(message: Warning | str, category: type[Warning], *_: object) -> None:
-    """A warning as a line, without the place in the code: it is for the user."""
+    """A warning as a line, without the place in the code: it is for the user. Of several processes the first warns."""
+    if "lm.hosts" in sys.modules and not sys.modules["lm.hosts"].is_first():
+        return
     print(f"warning: {message}", file=sys.stderr)
 
 
 def _reader_gone() -> None:
     """Ends the command where nobody reads its output any more: there is nobody to tell."""
+    _fail_all("nobody reads the output any more", 141)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(141)
 
@@ -76,6 +126,28 @@ def parse(kind: type[Arguments], arguments: Sequence[str], *, prog: str, default
 
 
 @dataclasses.dataclass(frozen=True)
+class Processes:
+    """Of a run of several processes, each started with the same command but for --process: how they find each other.
+
+    What isn't given is taken from LM_COORDINATOR, LM_PROCESSES and LM_PROCESS, or from the cluster.
+    """
+
+    coordinator: str | None = None
+    """Of several processes: HOST:PORT where the first is found. None: LM_COORDINATOR, else as the cluster says."""
+    processes: int | None = None
+    """How many there are. None: LM_PROCESSES, else as the cluster says (Slurm, Open MPI, Kubernetes, Cloud TPU), else
+    1."""
+    process: int | None = None
+    """Which of them this one is, from 0. None: LM_PROCESS, else as the cluster says."""
+
+    def connect(self) -> None:
+        """Makes this process one of them; before JAX looks for devices."""
+        from lm import hosts  # loads JAX
+
+        hosts.connect(self.coordinator, self.processes, self.process)
+
+
+@dataclasses.dataclass(frozen=True)
 class PresetArguments:
     """Arguments of a command that takes a preset and fields in place of its own."""
 
@@ -83,7 +155,7 @@ class PresetArguments:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainArguments(PresetArguments):
+class TrainArguments(Processes, PresetArguments):
     """Trains a language model. PRESET comes first: the name of a file in configs/, or the path of a .py file with a
     get_config(); without one it is tiny. Fields that are not given are the preset's."""
 
@@ -94,10 +166,13 @@ class TrainArguments(PresetArguments):
 Configured = TypeVar("Configured", bound=PresetArguments)
 
 
-def train_arguments(arguments: Sequence[str], preset: Callable[[str], RunConfig]) -> tuple[RunConfig, Path]:
-    """The config and the run directory of a train.py command line. Without a preset: tiny."""
+def train_arguments(
+    arguments: Sequence[str], preset: Callable[[str], RunConfig]
+) -> tuple[RunConfig, Path, TrainArguments]:
+    """The config, the run directory and all arguments of a train.py command line. Without a preset: tiny."""
     name, parsed = with_preset(TrainArguments, arguments, preset, prog="train.py")
-    return parsed.config, Path(f"runs/{Path(name).stem}" if parsed.workdir is None else parsed.workdir)
+    workdir = Path(f"runs/{Path(name).stem}" if parsed.workdir is None else parsed.workdir)
+    return parsed.config, workdir, parsed
 
 
 def with_preset(

@@ -319,6 +319,12 @@ class ParallelConfig:
     """Devices over which each replica's parameters and optimizer state are split, and its batch with them."""
     tensor: int = 1
     """Devices over which heads, feed-forward width and vocabulary are split."""
+    strategy: Literal["spmd", "pmap"] = "spmd"
+    """spmd: one program over the mesh, all axes. pmap: whole replicas, one a device, as jax.pmap runs them: data
+    parallelism alone."""
+    rules: tuple[str, ...] = ()
+    """Which mesh axes split which axes of the arrays, where it isn't as built in: NAME=AXIS, NAME=AXIS+AXIS, or NAME=
+    to split nothing. The names are those of lm/parallel.py: embed, mlp, heads, kv_heads, vocab and others."""
 
 
 @dataclasses.dataclass(frozen=True)

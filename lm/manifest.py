@@ -75,10 +75,11 @@ def read_manifest(checkpoint: str | Path) -> Manifest:
         raise InputError(f"{path} can't be read ({error}): use another checkpoint of the run") from error
 
 
-def verify(checkpoint: str | Path, parts: Collection[str] | None = None) -> list[str]:
+def verify(checkpoint: str | Path, parts: Collection[str] | None = None, share: tuple[int, int] = (0, 1)) -> list[str]:
     """Compares files with the manifest: the problems, one line each; empty when all is well.
 
-    `parts` are the items and top-level files to look at; None takes all.
+    `parts` are the items and top-level files to look at; None takes all. `share` (i, n) takes every n-th of them from
+    the i-th on: of n that share the work each has its own.
     """
     checkpoint = Path(checkpoint)
     try:
@@ -88,10 +89,9 @@ def verify(checkpoint: str | Path, parts: Collection[str] | None = None) -> list
     problems = []
     if _checksum(_content(manifest)) != json.loads((checkpoint / MANIFEST).read_text()).get("sha256"):
         problems.append(f"{MANIFEST}: changed since it was written (its own checksum differs)")
-    for name, expected in manifest.files.items():
-        path = checkpoint / name
-        if parts is not None and name.split("/")[0] not in parts:
-            continue
+    wanted = [name for name in sorted(manifest.files) if parts is None or name.split("/")[0] in parts]
+    for name in wanted[share[0] :: share[1]]:
+        path, expected = checkpoint / name, manifest.files[name]
         if not path.is_file():
             problems.append(f"{name}: missing")
         elif path.stat().st_size != expected.bytes:

@@ -14,20 +14,25 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm.checkpoint import Loaded
 from lm.config import InputError, ModelConfig, ParallelConfig, RunConfig
 from lm.data import tokenizer as tokenizers
 from lm.data.pipeline import Batch
 from lm.fields import check_types
-from lm.nn.language_model import model_specs, unconstrained
-from lm.nn.params import count, map_specs
-from lm.parallel import MESH_AXES, batch_shards, check_batch
+from lm.fsdp import exchange
+from lm.liveness import Peak, peak
+from lm.nn.attention_backend import Site, choose
+from lm.nn.language_model import model_specs
+from lm.nn.matmul import numerics
+from lm.nn.params import count, is_spec
+from lm.parallel import MESH_AXES, RULES, batch_shards, check_batch, replicated, rules_of
+from lm.sharded_attention import bound
 from lm.training.flops import flops_per_token
 from lm.training.optimizer import make_optimizer
-from lm.training.state import abstract_state
-from lm.training.step import batch_loss
+from lm.training.state import TrainState, abstract_state
+from lm.training.step import train_step
 from lm.validation import validate
 
 
@@ -35,8 +40,10 @@ from lm.validation import validate
 class Plan:
     """All in numbers of things, bytes or FLOPs; `*_bytes` are of one device.
 
-    gradients_bytes: float32; with gradient accumulation the sum and those of one micro-batch. activations_bytes: what
-    the backward pass of one micro-batch keeps. weight_copies_bytes: the weights in the compute dtype that it keeps.
+    The state and the batch are there all the time. The others are what the step holds besides at its fullest moment:
+    gradients_bytes, of parameters, of a stack or of a layer; activations_bytes, and what is made of them on the way;
+    weight_copies_bytes, of weights as operands and of gathered ones; cpu_copies_bytes, of the optimizer's state, which
+    only XLA's CPU back end makes.
     """
 
     parameters: int
@@ -49,12 +56,14 @@ class Plan:
     batch_tokens: int
     mesh: dict[str, int]
     rows_per_device: int
+    batch_bytes: int
     weights_bytes: int
-    gradients_bytes: int
     optimizer_bytes: int
     ema_bytes: int
+    gradients_bytes: int
     activations_bytes: int
     weight_copies_bytes: int
+    cpu_copies_bytes: int
 
     @property
     def total_bytes(self) -> int:
@@ -67,12 +76,14 @@ class Plan:
 
 
 BYTES = {
+    "batch_bytes": "batch",
     "weights_bytes": "weights",
-    "gradients_bytes": "gradients",
     "optimizer_bytes": "optimizer",
     "ema_bytes": "moving average",
+    "gradients_bytes": "gradients",
     "activations_bytes": "activations",
     "weight_copies_bytes": "weights as operands",
+    "cpu_copies_bytes": "copies that only a CPU makes",
 }
 """The parts of a device's memory, by what a reader calls them."""
 
@@ -94,23 +105,17 @@ def resolved(config: RunConfig, load: Callable[[str], Loaded]) -> RunConfig:
     return config.resolve(tokenizers.build(config.tokenizer, []).vocab_size)
 
 
-def plan(cfg: RunConfig, devices: int) -> Plan:
-    """What a run of a resolved and validated config takes on so many devices.
+def plan(cfg: RunConfig, devices: int, platform: str = "cpu") -> Plan:
+    """What a run of a resolved and validated config takes on so many devices of a platform ("cpu", "gpu" or "tpu").
 
     Raises InputError where the mesh doesn't fit the devices, the batch or the model.
     """
     mesh = abstract_mesh(cfg.parallel, devices)
     check_batch(cfg.training.batch_size, cfg.training.gradient_accumulation, mesh)
     specs = model_specs(cfg.model)
-    state = abstract_state(cfg, make_optimizer(cfg.optimizer, specs, mesh), mesh)
-    rows = cfg.training.batch_size // batch_shards(mesh) // cfg.training.gradient_accumulation
-    activations, copies = kept_bytes(cfg, rows, mesh.shape["tensor"])
-    if cfg.model.remat:  # then the backward pass has one layer whole at a time
-        one = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, num_layers=1))
-        plain = dataclasses.replace(one, model=dataclasses.replace(one.model, remat=False))
-        activations += kept_bytes(plain, rows, mesh.shape["tensor"])[0]
-        activations -= kept_bytes(one, rows, mesh.shape["tensor"])[0]
-    weights, whole = bytes_per_device(state.params), flops_per_token(cfg.model, cfg.data.context)
+    state = abstract_state(cfg, make_optimizer(cfg.optimizer, specs, mesh, rules_of(cfg.parallel)), mesh)
+    moment, batch = fullest(cfg, mesh, platform, state)
+    whole = flops_per_token(cfg.model, cfg.data.context)
     return Plan(
         parameters=count(specs),
         embedding_parameters=count(specs["embed"]),
@@ -121,13 +126,15 @@ def plan(cfg: RunConfig, devices: int) -> Plan:
         context=cfg.data.context,
         batch_tokens=cfg.training.batch_size * cfg.data.context,
         mesh=dict(mesh.shape),
-        rows_per_device=rows,
-        weights_bytes=weights,
-        gradients_bytes=weights * (1 if cfg.training.gradient_accumulation == 1 else 2),
+        rows_per_device=cfg.training.batch_size // batch_shards(mesh) // cfg.training.gradient_accumulation,
+        batch_bytes=batch,
+        weights_bytes=bytes_per_device(state.params),
         optimizer_bytes=bytes_per_device(state.opt_state),
         ema_bytes=0 if state.ema is None else bytes_per_device(state.ema),
-        activations_bytes=activations,
-        weight_copies_bytes=copies,
+        gradients_bytes=moment.gradients,
+        activations_bytes=moment.activations,
+        weight_copies_bytes=moment.weights,
+        cpu_copies_bytes=moment.copies,
     )
 
 
@@ -149,34 +156,73 @@ def bytes_per_device(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def kept_bytes(cfg: RunConfig, rows: int, tensor: int) -> tuple[int, int]:
-    """Bytes that the forward pass of `rows` rows keeps for the backward pass: (activations, copies of weights).
+def fullest(cfg: RunConfig, mesh: Mesh, platform: str, state: TrainState) -> tuple[Peak, int]:
+    """The fullest moment of the step on one device, and the bytes of its part of the batch.
 
-    The pass is traced, not computed, with the heads, hidden units and vocabulary of one of `tensor` devices. A compiler
-    may keep less, by computing something again, and needs working space besides.
+    The step is traced, not computed, with the exchange over data and fsdp as it runs, and with the heads, hidden units
+    and vocabulary of one of the devices on `tensor`.
     """
-    model = _one_part(cfg.model, tensor)
-    params = map_specs(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), model_specs(model))
-    shape = (rows, cfg.data.context)
-    ids, weights = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
-    batch = Batch(ids, ids, weights, ids, ids)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)) if model.dropout else None
-    loss = functools.partial(batch_loss, cfg=model, z_loss=cfg.training.z_loss, constrain=unconstrained)
+    tensor, part = mesh.shape["tensor"], dataclasses.replace(cfg, model=_one_part(cfg.model, mesh.shape["tensor"]))
+    mesh = abstract_mesh(ParallelConfig(mesh.shape["data"], mesh.shape["fsdp"]), math.prod(mesh.shape.values()))
+    specs, rules = model_specs(part.model), rules_of(cfg.parallel)
+    optimizer = make_optimizer(cfg.optimizer, specs, mesh, rules)
+    if tensor > 1:
+        state = abstract_state(part, optimizer, mesh)
+    batch = abstract_batch(cfg, mesh)
+    given = exchange(mesh, specs, dtype=numerics(cfg.model.compute_dtype).dtype, rules=rules)
+    step = functools.partial(
+        train_step,
+        cfg=part,
+        optimizer=optimizer,
+        constrain=given.constrain,
+        attend=bound(attention(part, platform), mesh, manual=given.manual, rules=rules),
+        total=given.total,
+        gather=given.gather,
+        spread=given.spread,
+    )
+    arguments = (state, batch, jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh)))
+    program = jax.make_jaxpr(step)(*jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments))
+    leaves = jax.tree.leaves(arguments)
+    parts = [math.prod(x.shape) // math.prod(x.sharding.shard_shape(x.shape)) for x in leaves]
+    found = peak(
+        program,
+        parts,
+        state=len(jax.tree.leaves(state)),
+        platform=platform,
+        parameters=gradient_shapes(specs, state.params),
+    )
+    return found, bytes_per_device(batch)
 
-    def kept(params: Any, batch: Batch, keys: Any) -> list[jax.Array]:
-        return jax.tree.leaves(jax.vjp(lambda given: loss(given, batch, keys), params, has_aux=True)[1])
 
-    program = jax.make_jaxpr(kept)(params, batch, keys).jaxpr
-    of_batch = set(program.invars[len(jax.tree.leaves(params)) :])
-    for equation in program.eqns:
-        if any(_is_variable(one) and one in of_batch for one in equation.invars):
-            of_batch |= set(equation.outvars)
-    # The head's loss makes the gradient of its matrix in the forward pass: that is one of the gradients.
-    head = (params["head"]["kernel"] if "kernel" in params.get("head", {}) else params["embed"]["tokens"]).shape
-    made = {one for one in program.outvars if _is_variable(one) and one.aval.shape != head} - set(program.invars)
-    sizes = {one: math.prod(one.aval.shape) * one.aval.dtype.itemsize for one in made}
-    activations = sum(size for one, size in sizes.items() if one in of_batch)
-    return activations, sum(sizes.values()) - activations
+def gradient_shapes(specs: Any, params: Any) -> set[tuple[int, ...]]:
+    """The shapes that gradients take: of whole parameters and a device's parts, of stacks and of one layer, as declared
+    and as the matrices that products make."""
+    found = set()
+    leaves = zip(jax.tree.leaves(specs, is_leaf=is_spec), jax.tree.leaves(params), strict=True)
+    for spec, leaf in leaves:
+        for shape in (leaf.shape, leaf.sharding.shard_shape(leaf.shape)):
+            layers = 1 if spec.axes[0] == "layers" else 0
+            inputs = layers + (spec.inputs or 0)
+            flat = (math.prod(shape[layers:inputs]), math.prod(shape[inputs:]))
+            found |= {shape, shape[layers:], flat, (*shape[:layers], *flat)}
+    return found
+
+
+def abstract_batch(cfg: RunConfig, mesh: Mesh) -> Batch:
+    """The shapes of a global batch, split over a mesh by rows."""
+    shape, rows = (cfg.training.batch_size, cfg.data.context), NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    ids, weights = (jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in (jnp.int32, jnp.float32))
+    return cast(Batch, Batch(*(weights if name == "weights_BT" else ids for name in Batch._fields)))
+
+
+def attention(cfg: RunConfig, platform: str) -> str:
+    """The back end that computes attention on a platform, or one that can be traced anywhere and holds as much."""
+    capability = (9, 0) if platform == "gpu" else None
+    dropout = cfg.model.dropout > 0
+    site = Site(platform, capability, cfg.data.context, segments=True, dropout=dropout, training=True)
+    named = cfg.model.attention
+    name = choose(cfg.model, site).name if named == "auto" else named
+    return "blockwise" if name == "cudnn" else name
 
 
 def _one_part(cfg: ModelConfig, tensor: int) -> ModelConfig:
@@ -189,14 +235,7 @@ def _one_part(cfg: ModelConfig, tensor: int) -> ModelConfig:
         d_ff=cfg.ff_width // tensor,
         vocab_size=cfg.padded_vocabulary // tensor,
         vocab_multiple=1,
-        # cuDNN's kernel can't be traced where there is none; it keeps what the blockwise form does
-        attention="blockwise" if cfg.attention == "cudnn" else cfg.attention,
     )
-
-
-def _is_variable(one: Any) -> bool:
-    """Not a constant written into the program."""
-    return not hasattr(one, "val")
 
 
 def lines(name: str, found: Plan) -> list[str]:
@@ -214,5 +253,5 @@ def lines(name: str, found: Plan) -> list[str]:
         f"mesh       {split}: {rows}",
         *(f"{'memory' if at == 0 else '':11}{getattr(found, field) / 1e6:>12,.1f} MB a device  {title}"
           for at, (field, title) in enumerate(BYTES.items())),
-        f"           {found.total_bytes / 1e6:>12,.1f} MB a device  together, before what the compiler needs besides",
+        f"           {found.total_bytes / 1e6:>12,.1f} MB a device  together, at the step's fullest moment",
     ]  # fmt: skip

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 from lm.config import ModelConfig
 from lm.nn.attention import Attend, AttentionMask
 from lm.nn.attention_backend import BACKENDS, Choice, Site, choose
-from lm.parallel import RULES
+from lm.parallel import RULES, Rules
 
 Array = jax.Array
 
@@ -30,21 +30,33 @@ def choice(cfg: ModelConfig, mesh: Mesh, *, length: int, training: bool) -> Choi
     return choose(cfg, site)
 
 
-def attend_on(cfg: ModelConfig, mesh: Mesh, *, length: int, training: bool) -> Attend:
+def attend_on(
+    cfg: ModelConfig,
+    mesh: Mesh,
+    *,
+    length: int,
+    training: bool,
+    manual: frozenset[str] = frozenset(),
+    rules: Rules = RULES,
+) -> Attend:
     """The back end of `choice`, on this mesh."""
-    return bound(choice(cfg, mesh, length=length, training=training).name, mesh)
+    return bound(choice(cfg, mesh, length=length, training=training).name, mesh, manual=manual, rules=rules)
 
 
-def bound(name: str, mesh: Mesh, **more: Any) -> Attend:
+def bound(name: str, mesh: Mesh, *, manual: frozenset[str] = frozenset(), rules: Rules = RULES, **more: Any) -> Attend:
     """A back end whose rows and heads are split over a mesh; `more` arguments are its own.
 
     The compiler can split the reference, not the inside of a kernel; and a device that skips blocks should go by its
     own rows. Nothing is exchanged: rows and heads are independent.
+
+    Args:
+      manual: mesh axes that the caller is manual over: along them its arrays are a device's own already.
     """
     attend = functools.partial(BACKENDS[name], **more)
-    if name == "reference" or mesh.size == 1:
+    automatic = frozenset(mesh.axis_names) - manual
+    if name == "reference" or all(mesh.shape[axis] == 1 for axis in automatic):
         return attend
-    rows, heads = RULES["batch"], RULES["kv_heads"]
+    rows, heads = (tuple(axis for axis in rules[of] if axis in automatic) or None for of in ("batch", "kv_heads"))
     of_heads, of_rows = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None)
 
     def split(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: AttentionMask, **numbers: Any) -> Array:
@@ -57,9 +69,10 @@ def bound(name: str, mesh: Mesh, **more: Any) -> Attend:
         segments = (mask.query_segments_BT, mask.key_segments_BS)
         return jax.shard_map(
             local,
-            mesh=mesh,
+            mesh=None if manual else mesh,  # None: that of the caller, which knows its manual axes
             in_specs=(of_heads, of_heads, of_heads, of_rows),
             out_specs=of_heads,
+            axis_names=automatic,
             check_vma=False,
         )(q_BTNH, k_BSKH, v_BSKH, segments)
 

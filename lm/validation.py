@@ -6,7 +6,16 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from lm.config import BUDGETS, DataConfig, InputError, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
+from lm.config import (
+    BUDGETS,
+    DataConfig,
+    InputError,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from lm.differences import flat
 from lm.fields import check_types
 from lm.nn.attention_backend import refusal
@@ -23,6 +32,7 @@ def validate(config: RunConfig) -> RunConfig:
     _check_model(config.model, config.data)
     _check_rotary(config.model)
     _check_training(config.training)
+    _check_parallel(config.parallel)
     _check_optimizer(config.optimizer, config.model.tie_embeddings)
     _check_evaluation(config)
     _check_tokenizer(config)
@@ -148,6 +158,23 @@ def _check_training(training: TrainingConfig) -> None:
             f"training.gradient_accumulation {training.gradient_accumulation} does not divide "
             f"training.batch_size {training.batch_size}"
         )
+
+
+def _check_parallel(parallel: ParallelConfig) -> None:
+    if parallel.strategy != "pmap":
+        return
+    if parallel.rules:
+        raise InputError(
+            f"parallel.strategy is 'pmap', which splits no array, but parallel.rules is {parallel.rules}: "
+            "leave them out, or set parallel.strategy to 'spmd'"
+        )
+    for name in ("fsdp", "tensor"):
+        size = getattr(parallel, name)
+        if size > 1:
+            raise InputError(
+                f"parallel.strategy is 'pmap', which keeps whole replicas, but parallel.{name} is {size}: "
+                "set it to 1, or parallel.strategy to 'spmd'"
+            )
 
 
 def _check_optimizer(optimizer: OptimizerConfig, tied: bool) -> None:

@@ -130,7 +130,7 @@ PATTERNS = [
 @pytest.mark.parametrize(("line", "wanted"), PATTERNS)
 def test_patterns_come_from_the_command_line_and_survive_json(line, wanted):
     model = {"positions": "rotary", "window": (7, 7), "rotary_base": (5.0, 5.0), "qkv_bias": True}
-    config, _ = train_arguments(["own", *line.split()], lambda _: changed(model=model))
+    config, *_ = train_arguments(["own", *line.split()], lambda _: changed(model=model))
     assert config == validate(changed(model={**model, **wanted}))
     assert RunConfig.from_json(config.to_json()) == config
     assert isinstance(hash(config.model), int), "static under jit"
@@ -195,12 +195,13 @@ def test_unknown_preset_gets_the_nearest_name(tmp_path):
 )
 def test_another_optimizer_on_the_command_line_leaves_out_what_it_does_not_read(line, wanted):
     own = changed(optimizer={"beta1": 0.8, "beta2": 0.95, "epsilon": 1e-6, "final_learning_rate": 0.2})
-    config, _ = train_arguments(["own", *line.split()], lambda _: own)
+    config, *_ = train_arguments(["own", *line.split()], lambda _: own)
     validate(config)
     assert {name: getattr(config.optimizer, name) for name in wanted} == wanted
 
 
 def test_what_is_given_beside_another_optimizer_is_refused_if_it_does_not_read_it():
-    config, _ = train_arguments(["own", "--optimizer.name", "lion", "--optimizer.epsilon", "1e-5"], lambda _: changed())
+    line = ["own", "--optimizer.name", "lion", "--optimizer.epsilon", "1e-5"]
+    config, *_ = train_arguments(line, lambda _: changed())
     with pytest.raises(InputError, match="optimizer.epsilon is 1e-05, but optimizer.name 'lion' doesn't read it"):
         validate(config)

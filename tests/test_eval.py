@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -22,6 +23,7 @@ from lm.nn import language_model, params
 def command():
     spec = importlib.util.spec_from_file_location("eval_command", Path(__file__).parents[1] / "eval.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where tyro looks for the fields' texts
     spec.loader.exec_module(module)
     return module.evaluate
 

@@ -11,16 +11,15 @@ import pytest
 
 from lm import __main__ as commands
 from lm import api
-from lm.config import InputError, ParallelConfig, RunConfig
-from lm.data.pipeline import Batch
+from lm.config import InputError, RunConfig
 from lm.nn.language_model import model_specs
-from lm.parallel import make_mesh, put_rows
-from lm.plan import kept_bytes, plan, resolved
+from lm.parallel import make_mesh
+from lm.plan import abstract_batch, plan, resolved
 from lm.training.lowering import lower_step
 from lm.training.optimizer import make_optimizer
 from lm.training.state import create_state
 
-from .training.ten_steps import batch_at, run_config
+from .training.ten_steps import run_config
 
 
 def with_parts(cfg: RunConfig, **sections: dict) -> RunConfig:
@@ -47,36 +46,52 @@ def test_bytes_of_the_state_are_those_that_a_device_holds(optimizer):
     state = create_state(cfg, make_optimizer(cfg.optimizer, model_specs(cfg.model), mesh), mesh)
     found, device = plan(cfg, 8), jax.devices()[0]
     assert found.mesh == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert found.weights_bytes == found.ema_bytes == found.gradients_bytes == real_bytes(state.params, device)
+    assert found.weights_bytes == found.ema_bytes == real_bytes(state.params, device)
     assert found.optimizer_bytes == real_bytes(state.opt_state, device)
     assert found.parameters == sum(leaf.size for leaf in jax.tree.leaves(state.params))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_bytes_of_a_step_are_about_those_of_the_compiled_one(name):
-    cfg = with_parts(run_config(name), training={"batch_size": 16})
-    mesh = make_mesh(ParallelConfig(), jax.devices()[:1])
+@pytest.mark.parametrize("name, fsdp", [("tiny", 1), ("tiny", 8), ("llama_1b", 8)])
+def test_bytes_of_a_step_are_those_of_the_compiled_one(name, fsdp):
+    """Within 15 %, for a shape of a billion parameters too: nothing is allocated."""
+    cfg = with_parts(resolved(api.preset(name), api.load), parallel={"fsdp": fsdp})
+    mesh = make_mesh(cfg.parallel, jax.devices()[:fsdp])
     optimizer = make_optimizer(cfg.optimizer, model_specs(cfg.model), mesh)
-    step = lower_step(cfg, optimizer, mesh, put_rows(mesh, Batch(*batch_at(0)))).compile()
-    found = plan(cfg, 1)
-    planned = found.gradients_bytes + found.activations_bytes + found.weight_copies_bytes
-    assert step.memory_analysis().temp_size_in_bytes == pytest.approx(planned, rel=0.3)
+    memory = lower_step(cfg, optimizer, mesh, abstract_batch(cfg, mesh)).compile().memory_analysis()
+    xla = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    xla += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    assert plan(cfg, fsdp).total_bytes == pytest.approx(xla, rel=0.15)
 
 
-def test_activations_go_with_the_rows_and_shrink_by_remat_and_tensor():
-    cfg = run_config("llama")
-    whole, _ = kept_bytes(cfg, 16, 1)
-    assert kept_bytes(cfg, 32, 1)[0] == pytest.approx(2 * whole, rel=0.01)
-    assert kept_bytes(cfg, 16, 2)[0] < 0.8 * whole
-    assert kept_bytes(with_parts(cfg, model={"remat": True}), 16, 1)[0] < 0.3 * whole
-    assert plan(with_parts(cfg, model={"remat": True}), 1).activations_bytes > 0.5 * whole  # of two layers, one whole
+def temporary_bytes(cfg: RunConfig, devices: int, platform: str = "gpu") -> int:
+    found = plan(cfg, devices, platform)
+    return found.activations_bytes + found.weight_copies_bytes + found.gradients_bytes
 
 
-@pytest.mark.parametrize("kernel", ["cudnn", "splash"])
-def test_a_kernel_that_cannot_run_here_is_planned(kernel):
-    cfg = with_parts(run_config("llama"), model={"attention": kernel, "compute_dtype": "bfloat16"})
-    assert plan(cfg, 1).activations_bytes > 0
-    assert 0 < kept_bytes(cfg, 16, 2)[0] < 2 * kept_bytes(with_parts(cfg, model={"attention": "blockwise"}), 16, 2)[0]
+def test_temporaries_go_with_the_rows_and_shrink_by_remat_and_tensor():
+    cfg = with_parts(run_config("llama"), model={"vocab_multiple": 8})
+    few, many = (temporary_bytes(with_parts(cfg, training={"batch_size": rows}), 1) for rows in (16, 64))
+    assert 3 * few < many < 4 * few
+    assert temporary_bytes(with_parts(cfg, parallel={"tensor": 2}), 2) < 0.8 * few
+    scanned = with_parts(cfg, model={"num_layers": 16, "scan_layers": True})
+    assert temporary_bytes(with_parts(scanned, model={"remat": True}), 1) < 0.5 * temporary_bytes(scanned, 1)
+
+
+def test_scanned_layers_are_gathered_one_at_a_time():
+    """With fsdp, a device holds its part of the state and one whole layer: twice the layers add parts alone."""
+    scanned = {"scan_layers": True, "remat": True, "d_ff": 4096}
+    cfg = with_parts(run_config("llama"), model=scanned, parallel={"fsdp": 8})
+    shallow, deep = (plan(with_parts(cfg, model={"num_layers": layers}), 8, "gpu") for layers in (4, 8))
+    layer = 4 * shallow.layer_parameters
+    assert deep.weight_copies_bytes - shallow.weight_copies_bytes < layer / 8
+    assert deep.weights_bytes - shallow.weights_bytes == pytest.approx(4 * layer / 8, rel=0.05)
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_an_accelerator_is_planned_without_being_there(platform):
+    cfg = with_parts(run_config("llama"), model={"compute_dtype": "bfloat16"}, data={"context": 256})
+    found = plan(cfg, 1, platform)
+    assert found.activations_bytes > 0 == found.cpu_copies_bytes
 
 
 def test_a_billion_parameters_are_planned_without_being_there():
@@ -86,7 +101,7 @@ def test_a_billion_parameters_are_planned_without_being_there():
     assert found.optimizer_bytes == pytest.approx(2 * found.weights_bytes, rel=0.001)
     assert found.flops_per_token == pytest.approx(6 * 1_235_746_816 + 12 * 16 * 2048 * 2048)
     rows = 256 // 8 // 4
-    assert found.activations_bytes > 16 * rows * 2048 * 2048 * 4  # remat: the residual stream before each layer
+    assert found.activations_bytes > 16 * rows * 2048 * 2048 * 2  # remat: the residual stream before each layer
 
 
 def test_the_command_prints_and_writes(tmp_path, capsys):
@@ -108,6 +123,15 @@ def test_the_command_prints_and_writes(tmp_path, capsys):
         (["tiny", "--parallel.tensor", "8"], "model.num_heads"),
         (["tiny", "--tokenizer.kind", "file", "--tokenizer.path", "/nowhere"], "/nowhere"),
         (["tiny", "--json", "/nowhere/plan.json"], "--json"),
+        (["tiny", "--mesh", "data=8,fsd=2"], "did you mean 'fsdp'"),
+        (["tiny", "--mesh", "fsdp=0"], "write AXIS=SIZE"),
+        (["tiny", "--mesh", "fsdp"], "write AXIS=SIZE"),
+        (["tiny", "--mesh", "fsdp=2,fsdp=2"], "twice"),
+        (["tiny", "--mesh", "fsdp=2", "--devices", "4"], "leave --devices out"),
+        (["tiny", "--mesh", "fsdp=3", "--device", "h100"], "use 6 or 9"),
+        (["tiny", "--mesh", "tensor=8", "--device", "h100"], "model.num_heads"),
+        (["tiny", "--device", "h10"], "did you mean 'h100'"),
+        (["tiny", "--devices-per-host", "4"], "with --device"),
     ],
 )
 def test_what_does_not_fit_is_refused(argv, said):

@@ -42,12 +42,18 @@ def building(target: Path) -> Iterator[Path]:
     scratch.chmod(target.parent.stat().st_mode)  # mkdtemp's is for its owner only
     try:
         yield scratch
-        try:
-            scratch.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
+        give_place(scratch, target)
     finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def give_place(scratch: Path, target: Path) -> None:
+    """Renames a finished folder to `target`; where another is there by now, that one stays and this one is dropped."""
+    try:
+        scratch.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
         shutil.rmtree(scratch, ignore_errors=True)
 
 

@@ -55,7 +55,8 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def build(config: TokenizerConfig, corpora: Any, *, progress: Callable[[int, int], None] | None = None) -> Tokenizer:
-    """The tokenizer that a config asks for. A BPE is trained on the corpora once and then taken from the cache.
+    """The tokenizer that a config asks for. A BPE is trained on the corpora once and then taken from the cache; while
+    another process trains it, it is waited for.
 
     Args:
       corpora: a Corpus, or a sequence of them: all their documents are trained on.
@@ -70,16 +71,25 @@ def build(config: TokenizerConfig, corpora: Any, *, progress: Callable[[int, int
     how = [config.vocab_size, config.byte_fallback, config.special_tokens, COVERAGE, tokenizers.__version__, PIECES]
     recipe = json.dumps([[corpus.key for corpus in corpora], *how])
     folder = cache.directory("tokenizers", hashlib.sha256(recipe.encode()).hexdigest()[:32])
-    with contextlib.suppress(OSError, InputError):  # not there, or damaged since
-        return _from_json((folder / FILE_NAME).read_bytes(), folder, "bpe")
-    trained = train_tokenizer(
-        corpora,
-        config.vocab_size,
-        byte_fallback=config.byte_fallback,
-        special_tokens=config.special_tokens,
-        progress=progress,
-    )
-    trained.save(folder)
+
+    def kept() -> Tokenizer | None:
+        with contextlib.suppress(OSError, InputError):  # not there, or damaged since
+            return _from_json((folder / FILE_NAME).read_bytes(), folder, "bpe")
+        return None
+
+    if (found := kept()) is not None:
+        return found
+    with cache.locked(folder / ".lock"):
+        if (found := kept()) is not None:  # another process has trained it while this one waited
+            return found
+        trained = train_tokenizer(
+            corpora,
+            config.vocab_size,
+            byte_fallback=config.byte_fallback,
+            special_tokens=config.special_tokens,
+            progress=progress,
+        )
+        trained.save(folder)
     return trained
 
 

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -163,9 +164,10 @@ def _make(
 ) -> None:
     """Makes a store beside its place, which a rename then gives it: there it is complete or not at all.
 
-    Only one that is surely `alone` goes on from what another left.
+    Only one that is surely `alone` goes on from what another left. On some shared file systems (Lustre's localflock)
+    a lock holds on one machine alone: so each machine has a folder of its own.
     """
-    scratch = directory.with_name(f".{directory.name}{BUILDING}")
+    scratch = directory.with_name(f".{directory.name}-{platform.node()}{BUILDING}")
     try:
         with contextlib.nullcontext(scratch) if alone else cache.building(directory) as folder:
             if isinstance(corpus, TokenFiles):
@@ -173,7 +175,7 @@ def _make(
             else:
                 store.write(folder, corpus, tokenizer, fingerprint, processes, progress)
         if alone:
-            scratch.rename(directory)
+            cache.give_place(scratch, directory)
     except OSError as error:
         raise InputError(
             f"the token store of {corpus.source} can't be written under {scratch.parent}: {error.strerror}; make room, "

@@ -41,6 +41,7 @@ class Evaluator:
       window, stride: in tokens, 1 <= stride <= window.
       batch_size: rows at a time, see `scorer.rows_at_once`; changes results by rounding only.
       mesh: where the parameters live; all its processes make the same calls and get the same result.
+      rules: how, as `parallel.rules`.
       max_tokens: take only the first documents by hash of their id, up to this many tokens. None: all.
 
     Raises InputError where the arguments don't fit, and where no document has a token to score.
@@ -56,6 +57,7 @@ class Evaluator:
         stride: int,
         batch_size: int,
         mesh: Mesh,
+        rules: tuple[str, ...] = (),
         max_tokens: int | None = None,
         score_prompts: bool = False,
         score_eos: bool = False,
@@ -64,7 +66,7 @@ class Evaluator:
         check_eos(tokenizer, score_eos)
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}: use 1 window or more")
-        self.cfg, self.store, self.mesh = cfg, store, mesh
+        self.cfg, self.store, self.mesh, self.rules = cfg, store, mesh, rules
         self.window, self.stride, self.first_id = window, stride, tokenizer.first_id
         self.last_id = tokenizer.eos if score_eos else None
         self.documents = _first_documents(store, max_tokens)
@@ -115,7 +117,7 @@ class Evaluator:
         hand_out = None if each_document is None else _InOrder(self, each_document)
         done = 0
         packed = pack(self._windows(), rows=self.rows, length=self.row_length)
-        for pieces, (nats_RW,) in score(params, packed, cfg=self.cfg, mesh=self.mesh):
+        for pieces, (nats_RW,) in score(params, packed, cfg=self.cfg, mesh=self.mesh, rules=self.rules):
             for piece in pieces:
                 nats = nats_RW[piece.row, piece.begin : piece.begin + piece.scored]
                 # float64: a sum of millions of float32 nats would be off in its fourth digit

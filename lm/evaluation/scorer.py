@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lm.config import ModelConfig
+from lm.config import ModelConfig, ParallelConfig
 from lm.data.pipeline import Batch
 from lm.evaluation.windows import Packed, Piece
 from lm.nn import language_model
 from lm.nn.head import token_nll
-from lm.parallel import batch_shards, constrainer, own_rows, put_rows, replicated
+from lm.parallel import batch_shards, constrainer, own_rows, put_rows, replicated, rules_of
 from lm.sharded_attention import attend_on
 
 LOGITS = 2**22
@@ -31,11 +31,20 @@ CPU_TOKENS = 512
 
 
 def score(
-    params: Any, packed: Iterable[Packed], *, cfg: ModelConfig, mesh: Mesh, greedy: bool = False
+    params: Any,
+    packed: Iterable[Packed],
+    *,
+    cfg: ModelConfig,
+    mesh: Mesh,
+    rules: tuple[str, ...] = (),
+    greedy: bool = False,
 ) -> Iterator[tuple[list[Piece], tuple[np.ndarray, ...]]]:
     """Of each batch its pieces, and nats_RW, float32; with `greedy` also best_RW: whether a target is the likeliest id.
 
     Row and begin of a piece say where its numbers stand. A batch is fetched only once the next is under way.
+
+    Args:
+      rules: as `parallel.rules`.
     """
     waiting: tuple[list[Piece], Any] | None = None
     for each in packed:
@@ -44,7 +53,7 @@ def score(
         mine = own_rows(mesh, R)
         batch, columns_RW = put_rows(mesh, jax.tree.map(lambda x, mine=mine: x[mine], (each.batch, each.columns_RW)))
         slices = np.int32(-(-each.scored // size))
-        result = _compiled(cfg, mesh, size, greedy)(params, batch, columns_RW, slices)
+        result = _compiled(cfg, mesh, rules, size, greedy)(params, batch, columns_RW, slices)
         assert result[0].shape[0] == R, "a process gave other rows than its own"
         if waiting is not None:
             yield waiting[0], tuple(map(np.asarray, waiting[1]))
@@ -67,17 +76,20 @@ def slice_size(rows: int, length: int, vocabulary_rows: int) -> int:
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(cfg: ModelConfig, mesh: Mesh, size: int, greedy: bool) -> Callable[..., tuple[jax.Array, ...]]:
+def _compiled(
+    cfg: ModelConfig, mesh: Mesh, changed: tuple[str, ...], size: int, greedy: bool
+) -> Callable[..., tuple[jax.Array, ...]]:
     """Forward pass, then the head on the scored targets alone, `size` of each row at a time.
 
     Head and logsumexp are a third of the work of a GPT-2: in the sliding form most positions are context alone.
     """
-    constrain = constrainer(mesh)
+    rules = rules_of(ParallelConfig(rules=changed))
+    constrain = constrainer(mesh, rules)
 
     def nats(params: Any, batch: Batch, columns_RW: jax.Array, slices: jax.Array) -> tuple[jax.Array, ...]:
         tokens, targets_RW, _, segments, positions = batch
         R, W = columns_RW.shape
-        attend = attend_on(cfg, mesh, length=W, training=False)
+        attend = attend_on(cfg, mesh, length=W, training=False, rules=rules)
         x_RWD = language_model.forward(
             params, tokens, segments, positions, cfg=cfg, dropout_keys_B=None, constrain=constrain, attend=attend
         )

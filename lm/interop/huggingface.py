@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from lm.checkpoint import Loaded
 from lm.config import DataConfig, InputError, ModelConfig, RunConfig, TokenizerConfig
 from lm.interop import huggingface_config, huggingface_tokenizer, weights
@@ -34,11 +36,12 @@ def is_folder(path: str | Path) -> bool:
     return config.is_file() and "schema_version" not in huggingface_config.read_file(config)
 
 
-def load(path: str | Path, *, dtype: str = "float32") -> Loaded:
+def load(path: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None) -> Loaded:
     """Opens a folder: config.json as transformers 4 or 5 writes it, *.safetensors, and a tokenizer if there is one.
 
     Args:
       dtype: of the parameters, "float32" or "bfloat16", whatever the files have.
+      mesh: where they are to lie; None: on this process's first device.
 
     Raises InputError for an architecture or a field that isn't implemented, and for files that are broken or don't fit
     one another. `data.context` is the model's positions, at most LONGEST_ROW; `step` is None.
@@ -63,7 +66,7 @@ def load(path: str | Path, *, dtype: str = "float32") -> Loaded:
     wanted = list(family_weights(model, family.model_type))
     _drop_tied_head(model, family.model_type, tensors)
     weights.check(wanted, tensors, folder)
-    return Loaded(run, weights.read(model, wanted, tensors, dtype=dtype), tokenizer, None, folder)
+    return Loaded(run, weights.read(model, wanted, tensors, dtype=dtype, mesh=mesh), tokenizer, None, folder)
 
 
 def save(

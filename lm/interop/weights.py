@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from lm.config import InputError, ModelConfig
 from lm.interop.safetensors_files import Tensor
 from lm.nn.language_model import model_specs
 from lm.nn.params import is_spec
+from lm.parallel import sharding
 from lm.run_directory import listed
 
 ALL: Any = ...
@@ -87,7 +89,14 @@ def check(weights: Sequence[Weight], tensors: Mapping[str, Tensor], where: Path)
             )
 
 
-def read(cfg: ModelConfig, weights: Sequence[Weight], tensors: Mapping[str, Tensor], *, dtype: str) -> dict[str, Any]:
+def read(
+    cfg: ModelConfig,
+    weights: Sequence[Weight],
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: str,
+    mesh: Mesh | None = None,
+) -> dict[str, Any]:
     """Our parameters, read from files. Raises InputError at a number that is not finite."""
 
     def tensor(weight: Weight) -> np.ndarray:
@@ -95,15 +104,21 @@ def read(cfg: ModelConfig, weights: Sequence[Weight], tensors: Mapping[str, Tens
         _check_finite(theirs, weight.name, tensors[weight.name].path)
         return theirs
 
-    return assemble(cfg, weights, tensor, dtype=dtype)
+    return assemble(cfg, weights, tensor, dtype=dtype, mesh=mesh)
 
 
 def assemble(
-    cfg: ModelConfig, weights: Sequence[Weight], tensor: Callable[[Weight], np.ndarray], *, dtype: str
+    cfg: ModelConfig,
+    weights: Sequence[Weight],
+    tensor: Callable[[Weight], np.ndarray],
+    *,
+    dtype: str,
+    mesh: Mesh | None = None,
 ) -> dict[str, Any]:
-    """Our parameters, put together from their tensors, on this process's first device; rows of padding are 0.
+    """Our parameters, put together from their tensors; rows of padding are 0.
 
-    At any time memory holds the parameters so far, the one being filled, and one tensor.
+    On this process's first device; on a mesh if there is one, laid out as `lm.parallel` says: then a host's memory
+    holds at any time one whole parameter, and one tensor. Else it holds also the parameters so far.
     """
     by_path: dict[tuple[str, ...], list[Weight]] = {}
     for weight in weights:
@@ -113,7 +128,10 @@ def assemble(
         ours = _aligned_zeros(spec.shape, dtype)
         for weight in by_path.pop(tuple(key.key for key in path)):
             weight.put(tensor(weight), ours)
-        return jax.device_put(ours, jax.local_devices()[0], may_alias=True)
+        if mesh is None:
+            return jax.device_put(ours, jax.local_devices()[0], may_alias=True)
+        place = sharding(mesh, spec.shape, spec.axes)
+        return jax.make_array_from_callback(spec.shape, place, lambda index: ours[index])
 
     params = jax.tree_util.tree_map_with_path(parameter, model_specs(cfg), is_leaf=is_spec)
     assert not by_path, list(by_path)

@@ -44,7 +44,8 @@ def batch_shards(constrain: Constrain, rows: int) -> int:
     row = jax.ShapeDtypeStruct((rows,), jnp.float32)
     placed = jax.make_jaxpr(lambda x_B: constrain(x_B, ("batch",)))(row).eqns
     shardings = [equation.params["sharding"] for equation in placed if "sharding" in equation.params]
-    return rows // shardings[-1].shard_shape((rows,))[0] if shardings else 1
+    split = bool(shardings) and any(shardings[-1].spec)  # of no split, JAX 0.10 doesn't give the shape inside shard_map
+    return rows // shardings[-1].shard_shape((rows,))[0] if split else 1
 
 
 def head_nll(

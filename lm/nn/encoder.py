@@ -6,6 +6,7 @@ Shapes: B batch, T position, D model width, L layers.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,9 +27,12 @@ from lm.nn.layers import (
 )
 from lm.nn.matmul import numerics
 from lm.nn.norms import norm, norm_specs
+from lm.nn.params import Specs
 from lm.nn.self_attention import self_attention, self_attention_specs
 
 Array = jax.Array
+Gather = Callable[[Any, Specs], Any]
+"""Parameters that are split over devices, and their declaration -> the whole ones."""
 EMBEDDING, PROBABILITIES, ATTENTION, HIDDEN, FEED_FORWARD = range(5)  # the sites of dropout
 
 
@@ -76,19 +80,25 @@ def encode(
     dropout: Dropout | None,
     constrain: Constrain,
     attend: Attend,
+    gather: Gather | None = None,
 ) -> tuple[Array, KeyValueCache | None]:
     """The stack: every layer in turn over parameters stacked as [L, ...], by scan or unrolled, to the same numbers.
 
     The scan runs over whole repetitions of the pattern of layers; those that are left over follow unrolled.
+
+    Args:
+      gather: makes the parameters of a layer whole, while it runs and again in the backward pass: about one layer is
+        whole at a time. None: they are.
     """
     pattern = cfg.layer_pattern
     P, L = len(pattern), cfg.num_layers
+    specs = layer_specs(cfg)
 
     def run_layer(carry: tuple, layer: tuple, kind: LayerKind) -> tuple:
         x, cache = carry
         parameters, index = layer
         return encoder_layer(
-            parameters,
+            parameters if gather is None else gather(parameters, specs),
             x,
             positions_BT,
             mask,
@@ -103,6 +113,10 @@ def encode(
 
     if cfg.remat:
         run_layer = jax.checkpoint(run_layer, static_argnums=2)
+    elif gather is not None:
+        # Inside a scan, forward and backward pass are loops of their own: nothing in one is merged with the other.
+        apart = not cfg.scan_layers
+        run_layer = jax.checkpoint(run_layer, static_argnums=2, prevent_cse=apart, policy=_all_but_gathered)
 
     def run_pattern(carry: tuple, group: tuple) -> tuple[tuple, None]:
         for place, kind in enumerate(pattern):
@@ -121,6 +135,17 @@ def encode(
     for index, layer in enumerate(_unstacked(left, L - scanned), scanned):
         carry = run_layer(carry, (layer, index), pattern[index % P])
     return carry
+
+
+def _all_but_gathered(primitive: Any, *operands: Any, **parameters: Any) -> bool:
+    """What a layer keeps for its backward pass: all that it would anyway, but what is gathered.
+
+    Nor what costs nothing to make of something kept, since whole parameters would be kept in another form: shapes
+    changed, and values widened, as from bfloat16 to float32.
+    """
+    if primitive.name == "convert_element_type":
+        return jnp.dtype(parameters["new_dtype"]).itemsize <= operands[0].dtype.itemsize
+    return primitive.name not in ("all_gather", "reshape", "squeeze")
 
 
 def encoder_layer(

@@ -19,7 +19,7 @@ from lm.nn.attention_backend import unplaced
 from lm.nn.cache import KeyValueCache
 from lm.nn.chunked_nll import batch_shards, chunk_length, head_loss, head_nll
 from lm.nn.embedding import embed, embedding_specs
-from lm.nn.encoder import EMBEDDING, encode, initializers, layer_specs
+from lm.nn.encoder import EMBEDDING, Gather, encode, initializers, layer_specs
 from lm.nn.head import head_specs, lm_head
 from lm.nn.layers import Constrain, Dropout, drop
 from lm.nn.matmul import numerics
@@ -115,8 +115,16 @@ def loss(
     dropout_keys_B: Array | None,
     constrain: Constrain,
     attend: Attend | None = None,
+    gather: Gather | None = None,
 ) -> tuple[Array, Array]:
-    """(objective, nats), summed over the batch with its weights: see `head_loss`. nats are those of `nll`."""
+    """(objective, nats), summed over the batch with its weights: see `head_loss`. nats are those of `nll`.
+
+    Args:
+      gather: makes whole parameters of those that are split over devices: a layer's when it runs, all others at once.
+    """
+    if gather is not None:
+        specs = model_specs(cfg)
+        params = {name: x if name == "layers" else gather(x, specs[name]) for name, x in params.items()}
     x_BTD = forward(
         params,
         tokens_BT,
@@ -126,6 +134,7 @@ def loss(
         dropout_keys_B=dropout_keys_B,
         constrain=constrain,
         attend=attend,
+        gather=gather,
     )
     options = _head(cfg, constrain, x_BTD.shape[0])
     return head_loss(params, x_BTD, targets_BT, weights_BT, z_loss=z_loss, **options)
@@ -141,6 +150,7 @@ def forward(
     dropout_keys_B: Array | None,
     constrain: Constrain,
     attend: Attend | None = None,
+    gather: Gather | None = None,
 ) -> Array:
     """What the head reads, x_BTD, for rows of token ids.
 
@@ -154,11 +164,12 @@ def forward(
       dropout_keys_B: one PRNG key a row; None switches dropout off, as for evaluation.
       constrain: places an activation by the logical names of its axes.
       attend: the attention back end; None: one that runs wherever the arrays are.
+      gather: makes the parameters of a layer whole when it runs; None: they are.
     """
     mask = AttentionMask(causal=True, query_segments_BT=segments_BT, key_segments_BS=segments_BT)
     if attend is None:
         attend = unplaced(cfg, tokens_BT.shape[1], dropout=dropout_keys_B is not None and cfg.dropout > 0)
-    x_BTD, _ = _run(params, tokens_BT, positions_BT, mask, None, cfg, dropout_keys_B, constrain, attend)
+    x_BTD, _ = _run(params, tokens_BT, positions_BT, mask, None, cfg, dropout_keys_B, constrain, attend, gather)
     return x_BTD
 
 
@@ -215,6 +226,7 @@ def _run(
     dropout_keys_B: Array | None,
     constrain: Constrain,
     attend: Attend,
+    gather: Gather | None = None,
 ) -> tuple[Array, KeyValueCache | None]:
     dropout = Dropout(cfg.dropout, dropout_keys_B) if dropout_keys_B is not None and cfg.dropout else None
     x_BTD = embed(
@@ -227,7 +239,16 @@ def _run(
     x_BTD = drop(x_BTD, None if dropout is None else dropout.at(cfg.num_layers, EMBEDDING))
     x_BTD = constrain(x_BTD, ("batch", "length", "width"))
     x_BTD, cache = encode(
-        params["layers"], x_BTD, positions_BT, mask, cache, cfg=cfg, dropout=dropout, constrain=constrain, attend=attend
+        params["layers"],
+        x_BTD,
+        positions_BT,
+        mask,
+        cache,
+        cfg=cfg,
+        dropout=dropout,
+        constrain=constrain,
+        attend=attend,
+        gather=gather,
     )
     if cfg.norm_position != "post":
         x_BTD = norm(params["norm"], x_BTD, kind=cfg.norm, epsilon=cfg.norm_epsilon, offset=cfg.norm_offset)

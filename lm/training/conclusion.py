@@ -14,8 +14,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from lm import compilation, generation
+from lm import compilation, generation, hosts
 from lm.checkpoint import Loaded
+from lm.config import ParallelConfig
 from lm.data.corpus import Corpus
 from lm.data.tokenizer import Tokenizer
 from lm.evaluation import compression
@@ -23,7 +24,7 @@ from lm.evaluation.perplexity import EachDocument, Evaluator, Scores
 from lm.generation import Sampling
 from lm.manifest import add_metrics, fingerprint, read_manifest, write_atomically
 from lm.nn.language_model import model_specs
-from lm.parallel import make_mesh, parameter_shardings
+from lm.parallel import make_mesh, parameter_shardings, rules_of
 from lm.training.loop import summary
 from lm.training.run import evaluator
 from lm.training.start import Start
@@ -42,27 +43,31 @@ def score(
     each_document: EachDocument | None = None,
 ) -> Scores:
     """The scores of a model, its parameters laid out on the mesh; the scores say which model it is."""
-    params = jax.device_put(run.params, parameter_shardings(mesh, model_specs(run.config.model)))
+    rules = rules_of(ParallelConfig(rules=evaluator.rules))
+    params = jax.device_put(run.params, parameter_shardings(mesh, model_specs(run.config.model), rules))
     described = {"path": str(run.path), "step": run.step, "parameters": run.num_parameters}
     return dataclasses.replace(evaluator(params, progress, each_document), model=described)
 
 
 def final_evaluation(run: Loaded, start: Start, workdir: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Scores the whole validation text and keeps the result in the run; of a complete run it is there already."""
+    """Scores the whole validation text and keeps the result in the run; of a complete run it is there already.
+
+    All processes score it; what the first alone adds is missing in what the others return.
+    """
     path, mesh = workdir / EVALUATION, make_mesh(start.config.parallel)
     evaluators = {name: evaluator(start, name, mesh, in_loop=False) for name in start.validation}
     first = next(iter(evaluators))
     params_sha256 = fingerprint(read_manifest(run.path), "params")
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, KeyError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        protocols = [found["protocol"], *(found["others"][name]["protocol"] for name in list(evaluators)[1:])]
-        wanted = [each.protocol for each in evaluators.values()]
-        if found["model"]["params_sha256"] == params_sha256 and protocols == wanted:
-            say(f"complete   {workdir} has used up its budget; a run by --training.steps goes on with more of them")
-            return found
+    protocols = [each.protocol for each in evaluators.values()]
+    kept = _kept(path, params_sha256, protocols, list(evaluators)[1:]) if hosts.is_first() else None
+    if (found := json.loads(hosts.agree("the final evaluation", json.dumps(kept)))) is not None:
+        say(f"complete   {workdir} has used up its budget; a run by --training.steps goes on with more of them")
+        return found
     with compilation.said("the final evaluation", say):
         scores = {name: score(run, each, mesh) for name, each in evaluators.items()}
     result = scores[first].to_dict()
+    if not hosts.is_first():
+        return result
     result["model"]["params_sha256"] = params_sha256
     result["compressors_bits_per_byte"] = _yardsticks(start.validation[first])
     if len(scores) > 1:
@@ -71,6 +76,16 @@ def final_evaluation(run: Loaded, start: Start, workdir: Path, say: Callable[[st
     if start.config.evaluation.every_steps is None:  # the only evaluation there is: then it says which step is best
         add_metrics(run.path, summary(scores))
     return result
+
+
+def _kept(path: Path, params_sha256: str, protocols: list[Any], others: list[str]) -> dict[str, Any] | None:
+    """The evaluation that is there already, if it is of these parameters and by these protocols."""
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, KeyError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        theirs = [found["protocol"], *(found["others"][name]["protocol"] for name in others)]
+        if found["model"]["params_sha256"] == params_sha256 and theirs == protocols:
+            return found
+    return None
 
 
 def _yardsticks(validation: Validation) -> dict[str, float]:
@@ -93,7 +108,9 @@ def conclude(
         for name, other in result.get("others", {}).items():
             say(f"           {name}: perplexity {other['perplexity'] or math.inf:.3f} over {other['tokens']:,} tokens")
         prompt = run.config.observe.sample_prompt
-        if prompt is not None:
+        if prompt is not None and hosts.count() > 1:  # the parameters are spread over them
+            say(f"sample     none is drawn by {hosts.count()} processes: see python -m lm generate")
+        elif prompt is not None:
             left = generation.room(run.config.model, len(generation.prompt_ids(tokenizer, prompt)))
             tokens = run.config.observe.sample_tokens if left is None else min(run.config.observe.sample_tokens, left)
             say(f"sample     {prompt!r} goes on, at temperature {TEMPERATURE}:")

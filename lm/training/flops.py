@@ -1,23 +1,13 @@
-"""Model FLOPs and the peak of known accelerators, for model FLOP utilisation."""
+"""The FLOPs of a model, and the peak of a device, for model FLOP utilisation."""
 
 from __future__ import annotations
 
 import jax
 
+from lm import accelerators
 from lm.config import ModelConfig
 from lm.nn.language_model import model_specs
 from lm.nn.params import matrix_size
-
-# Dense bfloat16 peak, FLOP/s a device, from the makers' data sheets; the first kind contained in device_kind counts.
-PEAKS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "TPU v6 lite": 918e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v4": 275e12,
-}
 
 
 def flops_per_token(cfg: ModelConfig, context: int) -> float:
@@ -36,6 +26,14 @@ def flops_per_token(cfg: ModelConfig, context: int) -> float:
     return 6.0 * matrices + 12.0 * cfg.num_heads * cfg.head_width * keys
 
 
+def recomputed_flops_per_token(cfg: ModelConfig, context: int) -> float:
+    """What remat adds: the forward pass of the layers once more, a third of what they take."""
+    if not cfg.remat:
+        return 0.0
+    head = 6.0 * cfg.padded_vocabulary * cfg.d_model
+    return (flops_per_token(cfg, context) - head) / 3
+
+
 def peak_flops(device: jax.Device) -> float | None:
     """Peak FLOP/s of a device in bfloat16, None where it is not known."""
-    return next((peak for kind, peak in PEAKS.items() if kind in device.device_kind), None)
+    return accelerators.peak_flops(device.device_kind)

@@ -15,7 +15,7 @@ from lm.config import InputError, RunConfig
 from lm.data.pipeline import Batch
 from lm.evaluation.perplexity import Scores
 from lm.training.budget import Budget
-from lm.training.signals import StopRequest
+from lm.training.signals import StopRequest, decided
 from lm.training.state import TrainState
 from lm.training.step import Sums
 
@@ -72,8 +72,11 @@ def train(
     log = _Log(cfg, hands.write, tokens_per_step, flops_per_token, peak_flops)
     saved: int | None = step if step else None
     scores: dict[str, Scores] | None = None
-    while not budget.done(step, clock.seconds()) and stop.signal is None and not log.diverged:
-        progress = np.float32(budget.progress(step, clock.seconds()))
+    while True:
+        seconds = decided(clock.seconds(), stop)
+        if budget.done(step, seconds) or stop.signal is not None or log.diverged:
+            break
+        progress = np.float32(budget.progress(step, seconds))
         batch = log.timed(hands.batches)
         state, sums = hands.step(state, batch, progress)
         step += 1

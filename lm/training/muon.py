@@ -22,7 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lm.nn.matmul import Numerics, product
 from lm.nn.params import ParamSpec
-from lm.parallel import sharding
+from lm.parallel import RULES, Rules, sharding
 
 Array = jax.Array
 
@@ -49,7 +49,13 @@ def newton_schulz(x_ZRC: Array, *, steps: int, numerics: Numerics) -> Array:
 
 
 def orthogonalize(
-    specs: Sequence[ParamSpec], arrays: Sequence[Array], *, steps: int, numerics: Numerics, mesh: Mesh | None
+    specs: Sequence[ParamSpec],
+    arrays: Sequence[Array],
+    *,
+    steps: int,
+    numerics: Numerics,
+    mesh: Mesh | None,
+    rules: Rules = RULES,
 ) -> list[Array]:
     """RMS · sqrt(max(R, C)) · U Vᵀ of every matrix of every stack [L, ...], float32, each in its array's place.
 
@@ -64,7 +70,7 @@ def orthogonalize(
     if mesh is None or mesh.size == 1:
         found = all_of(*arrays)
     else:
-        parts = tuple(sharding(mesh, spec.shape, spec.axes).spec for spec in specs)
+        parts = tuple(sharding(mesh, spec.shape, spec.axes, rules).spec for spec in specs)
 
         def spread(*local: Array) -> list[Array]:
             whole = [_whole_layers(x, part, mesh) for x, part in zip(local, parts, strict=True)]
@@ -80,7 +86,7 @@ def orthogonalize(
 
 
 def scale_by_muon(
-    specs: Any, *, momentum: float, steps: int, numerics: Numerics, mesh: Mesh | None
+    specs: Any, *, momentum: float, steps: int, numerics: Numerics, mesh: Mesh | None, rules: Rules = RULES
 ) -> optax.GradientTransformation:
     """Nesterov momentum, then `orthogonalize`, of a tree in which all leaves are declared as stacked matrices.
 
@@ -92,7 +98,8 @@ def scale_by_muon(
     def update(updates: Any, _: Any) -> Any:
         leaves, tree = jax.tree.flatten_with_path(updates)
         declared = [_at(specs, path) for path, _ in leaves]
-        found = orthogonalize(declared, [leaf for _, leaf in leaves], steps=steps, numerics=numerics, mesh=mesh)
+        arrays = [leaf for _, leaf in leaves]
+        found = orthogonalize(declared, arrays, steps=steps, numerics=numerics, mesh=mesh, rules=rules)
         return jax.tree.unflatten(tree, found)
 
     return optax.chain(optax.trace(momentum, nesterov=True), optax.stateless(update))

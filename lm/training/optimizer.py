@@ -6,29 +6,37 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
 from lm.config import OptimizerConfig
 from lm.nn.matmul import numerics
 from lm.nn.params import ParamSpec, Specs, map_specs
+from lm.parallel import RULES, Rules
+from lm.training.adam import scale_by_adam
 from lm.training.muon import scale_by_muon
 
 Array = jax.Array
 
 
-def make_optimizer(cfg: OptimizerConfig, specs: Specs, mesh: Mesh | None = None) -> optax.GradientTransformation:
+def make_optimizer(
+    cfg: OptimizerConfig, specs: Specs, mesh: Mesh | None = None, rules: Rules = RULES
+) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm, the rule, decoupled weight decay and the groups' factors, for a learning rate of 1.
 
-    `apply_updates` brings the learning rate in, which depends on the budget as well as on the step.
+    `apply_updates` brings the learning rate in, which depends on the budget as well as on the step. `update` takes sums
+    of gradients with `count` (default 1), what to divide them by, `norm`, the global norm of that mean if it is known,
+    and `finite` (default True): where that is False the state stays as it is.
 
     Args:
-      mesh: where the parameters lie; Muon shares its layers out over it. None: on one device, or under pmap.
+      mesh: where the parameters lie, by the rules; Muon shares its layers out over it. None: on one device, or under
+        pmap.
     """
     factors = {"embedding": cfg.embedding_factor, "head": cfg.head_factor, "vector": cfg.vector_factor}
     parts = [
-        optax.identity() if cfg.clip_norm is None else optax.clip_by_global_norm(cfg.clip_norm),
-        _RULES[cfg.name](cfg, specs, mesh),
+        _clipped_mean(cfg.clip_norm),
+        _OF_NAME[cfg.name](cfg, specs, mesh, rules),
         optax.add_decayed_weights(cfg.weight_decay, mask=decay_mask(specs)),
     ]
     if set(factors.values()) != {1.0}:
@@ -59,12 +67,42 @@ def apply_updates(params: Any, updates: Any, rate: Array) -> Any:
     return jax.tree.map(lambda p, u: p - rate * u, params, updates)
 
 
-def _adamw(cfg: OptimizerConfig, specs: Specs, mesh: Mesh | None) -> optax.GradientTransformation:
+def _clipped_mean(limit: float | None) -> optax.GradientTransformationExtraArgs:
+    """Sums of gradients over `count` tokens to their mean, clipped to a global norm, in one pass over them.
+
+    `update` takes `count` and the mean's `norm`, which is computed where it isn't given.
+    """
+
+    def update(
+        sums: Any, state: Any, params: Any = None, *, count: Array | float = 1.0, norm: Array | None = None, **_: Any
+    ) -> tuple[Any, Any]:
+        factor = 1.0 / count
+        if limit is not None:
+            norm = optax.tree.norm(sums) / count if norm is None else norm
+            factor = factor * jnp.minimum(1.0, limit / norm)
+        return jax.tree.map(lambda g: factor * g, sums), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def _kept_unless_finite(rule: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The rule, whose `update` takes `finite`: where that is False its state stays as it is."""
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, finite: Array | bool = True, **_: Any
+    ) -> tuple[Any, Any]:
+        updates, new = rule.update(updates, state, params)
+        return updates, jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+
+    return optax.GradientTransformationExtraArgs(rule.init, update)
+
+
+def _adamw(cfg: OptimizerConfig, specs: Specs, mesh: Mesh | None, rules: Rules) -> optax.GradientTransformation:
     """Loshchilov & Hutter 2019, arXiv:1711.05101."""
-    return optax.scale_by_adam(b1=cfg.beta1, b2=cfg.beta2, eps=cfg.epsilon)
+    return scale_by_adam(cfg.beta1, cfg.beta2, cfg.epsilon)
 
 
-def _muon(cfg: OptimizerConfig, specs: Specs, mesh: Mesh | None) -> optax.GradientTransformation:
+def _muon(cfg: OptimizerConfig, specs: Specs, mesh: Mesh | None, rules: Rules) -> optax.GradientTransformation:
     """Muon for the matrices of the layers, AdamW for embeddings, head and vectors."""
     matrices = scale_by_muon(
         specs,
@@ -72,26 +110,29 @@ def _muon(cfg: OptimizerConfig, specs: Specs, mesh: Mesh | None) -> optax.Gradie
         steps=cfg.newton_schulz_steps,
         numerics=numerics(cfg.newton_schulz_dtype),
         mesh=mesh,
+        rules=rules,
     )
     labels = map_specs(lambda spec: "matrices" if group(spec) == "matrix" else "others", specs)
-    return optax.partition({"matrices": matrices, "others": _adamw(cfg, specs, mesh)}, labels)
+    matrices = _kept_unless_finite(matrices)
+    return optax.partition({"matrices": matrices, "others": _adamw(cfg, specs, mesh, rules)}, labels)
 
 
-def _lion(cfg: OptimizerConfig, specs: Specs, mesh: Mesh | None) -> optax.GradientTransformation:
+def _lion(cfg: OptimizerConfig, specs: Specs, mesh: Mesh | None, rules: Rules) -> optax.GradientTransformation:
     """Chen et al. 2023, arXiv:2302.06675."""
-    return optax.scale_by_lion(b1=cfg.beta1, b2=cfg.beta2)
+    return _kept_unless_finite(optax.scale_by_lion(b1=cfg.beta1, b2=cfg.beta2))
 
 
-def _adafactor(cfg: OptimizerConfig, specs: Specs, mesh: Mesh | None) -> optax.GradientTransformation:
+def _adafactor(cfg: OptimizerConfig, specs: Specs, mesh: Mesh | None, rules: Rules) -> optax.GradientTransformation:
     """Shazeer & Stern 2018, arXiv:1804.04235: factored second moments, clipped and relative updates, no momentum."""
-    return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms())
+    rule = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms())
+    return _kept_unless_finite(rule)
 
 
-def _sgd(cfg: OptimizerConfig, specs: Specs, mesh: Mesh | None) -> optax.GradientTransformation:
-    return optax.trace(cfg.beta1) if cfg.beta1 else optax.identity()
+def _sgd(cfg: OptimizerConfig, specs: Specs, mesh: Mesh | None, rules: Rules) -> optax.GradientTransformation:
+    return _kept_unless_finite(optax.trace(cfg.beta1) if cfg.beta1 else optax.identity())
 
 
-_RULES: dict[str, Callable[[OptimizerConfig, Specs, Mesh | None], optax.GradientTransformation]] = {
+_OF_NAME: dict[str, Callable[[OptimizerConfig, Specs, Mesh | None, Rules], optax.GradientTransformation]] = {
     "adamw": _adamw,
     "muon": _muon,
     "lion": _lion,

@@ -22,7 +22,7 @@ from lm.data.pipeline import Batch
 from lm.evaluation.perplexity import Evaluator, Scores
 from lm.manifest import read_manifest
 from lm.nn.language_model import model_specs
-from lm.parallel import make_mesh, own_rows, put_rows
+from lm.parallel import make_mesh, own_rows, put_rows, rules_of
 from lm.run_directory import BEST
 from lm.sharded_attention import choice
 from lm.training import loop, transfers
@@ -30,6 +30,7 @@ from lm.training.flops import flops_per_token, peak_flops
 from lm.training.lowering import lower_step
 from lm.training.optimizer import make_optimizer
 from lm.training.profile import traced
+from lm.training.replicated import on_mesh, put_replicas
 from lm.training.signals import StopRequest
 from lm.training.start import Start
 from lm.training.state import TrainState, abstract_state, create_state, state_of
@@ -45,7 +46,8 @@ def run(start: Start, workdir: Path, *, write: Callable[[dict[str, Any]], None],
     """
     cfg = start.config
     mesh = make_mesh(cfg.parallel)
-    optimizer = make_optimizer(cfg.optimizer, model_specs(cfg.model), mesh)
+    pmap = cfg.parallel.strategy == "pmap"
+    optimizer = make_optimizer(cfg.optimizer, model_specs(cfg.model), None if pmap else mesh, rules_of(cfg.parallel))
     state, seconds = _initial_state(start, optimizer, mesh)
     step = start.step
     if start.budget.done(step, seconds):
@@ -69,7 +71,7 @@ def run(start: Start, workdir: Path, *, write: Callable[[dict[str, Any]], None],
 
         @transfers.freely
         def save(step: int, state: TrainState, seconds: float, scores: dict[str, Scores] | None) -> None:
-            items = state.items(np.float64(seconds))
+            items = on_mesh(state, mesh).items(np.float64(seconds))
             checkpoints.save(step, items, None if scores is None else loop.summary(scores))
 
         peak = peak_flops(mesh.devices.flat[0])
@@ -98,7 +100,7 @@ def _evaluate(start: Start, mesh: Mesh, say: Say) -> Callable[[Any], dict[str, S
     @transfers.freely
     def evaluate(params: Any) -> dict[str, Scores]:
         with compilation.said("the evaluation", say):
-            return {name: each(params) for name, each in evaluators.items()}
+            return {name: each(on_mesh(params, mesh)) for name, each in evaluators.items()}
 
     return evaluate
 
@@ -115,12 +117,15 @@ def evaluator(start: Start, name: str, mesh: Mesh, *, in_loop: bool) -> Evaluato
         stride=cfg.evaluation.stride or window,
         batch_size=cfg.evaluation.batch_size,
         mesh=mesh,
+        rules=cfg.parallel.rules,
         max_tokens=cfg.evaluation.max_tokens if in_loop else None,
         score_prompts=cfg.data.prompt_loss,
     )
 
 
-def _initial_state(start: Start, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, float]:
+def _initial_state(
+    start: Start, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh
+) -> tuple[TrainState, float]:
     """The state to begin with, and the seconds of training behind it."""
     if start.resume_from is None:
         if start.initial is not None:
@@ -138,7 +143,7 @@ def _initial_state(start: Start, optimizer: optax.GradientTransformation, mesh: 
     return state, float(found["rest"]["seconds"])
 
 
-def _compile(start: Start, optimizer: optax.GradientTransformation, mesh: Mesh, say: Say) -> Callable:
+def _compile(start: Start, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh, say: Say) -> Callable:
     """The training step, compiled before the first one; the state is donated to it."""
     cfg = start.config
     attention = choice(cfg.model, mesh, length=cfg.data.context, training=True)
@@ -154,9 +159,10 @@ def _batches(start: Start, step: int, mesh: Mesh) -> Iterator[Batch]:
     """The batches on the devices, each put there a step before it is needed; a process reads its own rows alone."""
     rows = own_rows(mesh, start.pipeline.batch_size)
     batches = start.pipeline.iterate(step, rows, threads=start.config.data.loader_threads)
+    put = put_replicas if start.config.parallel.strategy == "pmap" else put_rows
     ahead: deque[Batch] = deque()
     for batch in batches:
-        ahead.append(put_rows(mesh, batch))
+        ahead.append(put(mesh, batch))
         if len(ahead) > 1:
             yield ahead.popleft()
 

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lm import checkpoint
+import jax
+
+from lm import checkpoint, hosts
 from lm.checkpoint import Loaded
 from lm.config import InputError, ModelConfig, RunConfig
 from lm.data.pipeline import Pipeline
@@ -22,10 +26,11 @@ from lm.fields import check_types
 from lm.generation import prompt_ids, room
 from lm.manifest import read_manifest
 from lm.nn.language_model import model_specs
-from lm.parallel import check_batch, make_mesh, parameter_shardings
+from lm.parallel import check_batch, make_mesh, parameter_shardings, rules_of
 from lm.run_directory import CONFIG
 from lm.sharded_attention import choice
 from lm.training.budget import Budget
+from lm.training.replicated import check_devices
 from lm.training.texts import (
     Progress,
     Say,
@@ -79,33 +84,40 @@ def prepare(
     workdir: Path,
     say: Say,
     *,
-    load: Callable[[str], Loaded],
+    load: Callable[..., Loaded],
     progress: Progress | None = None,
 ) -> Start:
     """Checks the config against itself, the devices, the run directory and the text. Raises InputError.
 
+    Of several processes the first opens the text before the others do; what they found is the same, or this raises.
+
     Args:
-        load: opens the model that a config goes on from.
+        load: opens the model that a config goes on from, on a `mesh` where there are several processes.
     """
     check_types(config)
+    _check_same_command(config, workdir)
     config, initial = _gone_on_from(config, workdir, load)
     validate(config)
     _check_extras(config)
     mesh = make_mesh(config.parallel)
+    rules = rules_of(config.parallel)
+    check_devices(config.parallel, mesh, jax.device_count())
     check_batch(config.training.batch_size, config.training.gradient_accumulation, mesh)
     choice(config.model, mesh, length=config.data.context, training=True)  # raises where that back end can't
     choice(config.model, mesh, length=config.evaluation.window or config.data.context, training=False)
     resume_from = _checkpoint_to_continue(config, workdir, say)
-    splits = splits_of(config)
-    tokenizer = initial.tokenizer if initial is not None else tokenizer_of(config, splits, resume_from, progress)
-    assert tokenizer is not None
-    config = config.resolve(tokenizer.vocab_size)
-    parameter_shardings(mesh, model_specs(config.model))  # raises where an axis of the mesh doesn't divide the model
-    _check_sample(config, tokenizer)
-    stores = [store_of(part.corpus, tokenizer, config, progress) for part in splits.train]
-    validation = {
-        name: Validation(text, store_of(text, tokenizer, config, progress)) for name, text in splits.validation.items()
-    }
+    with hosts.in_turn("the text"):
+        splits = splits_of(config)
+        tokenizer = initial.tokenizer if initial is not None else tokenizer_of(config, splits, resume_from, progress)
+        assert tokenizer is not None
+        config = config.resolve(tokenizer.vocab_size)
+        parameter_shardings(mesh, model_specs(config.model), rules)  # raises where the mesh doesn't divide it
+        _check_sample(config, tokenizer)
+        stores = [store_of(part.corpus, tokenizer, config, progress) for part in splits.train]
+        validation = {
+            name: Validation(text, store_of(text, tokenizer, config, progress))
+            for name, text in splits.validation.items()
+        }
     provenance = {
         "data_sha256": together([store.corpus_sha256 for store in stores]),
         **{validation_key(name): each.store.corpus_sha256 for name, each in validation.items()},
@@ -113,7 +125,9 @@ def prepare(
     }
     if resume_from:
         _check_provenance(workdir, read_manifest(resume_from).provenance, provenance)
-    pipeline = pipeline_of(config, splits, stores, say)
+    with hosts.in_turn("the rows"):
+        pipeline = pipeline_of(config, splits, stores, say)
+    hosts.same("text or run", json.dumps({**provenance, "goes on from": str(resume_from)}))
     budget = Budget.of(
         config.training,
         warmup_steps=config.optimizer.warmup_steps,
@@ -127,7 +141,17 @@ def prepare(
     return Start(config, tokenizer, pipeline, budget, validation, provenance, resume_from, weights)
 
 
-def _gone_on_from(config: RunConfig, workdir: Path, load: Callable[[str], Loaded]) -> tuple[RunConfig, Loaded | None]:
+def _check_same_command(config: RunConfig, workdir: Path) -> None:
+    """Raises InputError where processes were started with other arguments, or from other versions."""
+    if hosts.count() == 1:
+        return
+    versions = {name: metadata.version(name) for name in ("lm", "jax", "jaxlib", "orbax-checkpoint", "numpy")}
+    settings = {name: os.environ.get(name) for name in ("XLA_FLAGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")}
+    hosts.same("environment", json.dumps({**versions, **settings}))
+    hosts.same("config", json.dumps({**json.loads(config.to_json()), "--workdir": str(workdir)}))
+
+
+def _gone_on_from(config: RunConfig, workdir: Path, load: Callable[..., Loaded]) -> tuple[RunConfig, Loaded | None]:
     """The config with the model and the tokenizer that it goes on from, and a new run's model itself."""
     if config.init_from is None:
         return config, None
@@ -136,7 +160,7 @@ def _gone_on_from(config: RunConfig, workdir: Path, load: Callable[[str], Loaded
         saved = checkpoint.read_config(checkpoint.locate(workdir, step))
         if saved.init_from == config.init_from:
             return config.going_on_from(saved.model), None
-    initial = load(config.init_from)
+    initial = load(config.init_from, mesh=make_mesh(config.parallel) if hosts.count() > 1 else None)
     if initial.tokenizer is None:
         raise InputError(f"--init-from {config.init_from} has no tokenizer: put its tokenizer.json or .model there")
     return config.going_on_from(initial.config.model), initial

@@ -44,6 +44,8 @@ def placing_progress(step: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]
     def put(value: np.float32) -> jax.Array:
         if jax.process_count() == 1:
             return jax.device_put(value, everywhere)
-        return jax.make_array_from_process_local_data(everywhere, np.asarray(value))  # device_put would compare hosts
+        # to each device by itself: onto all at once, device_put would compare hosts
+        parts = [jax.device_put(value, device) for device in mesh.local_devices]
+        return jax.make_array_from_single_device_arrays((), everywhere, parts)
 
     return lambda state, batch, progress: step(state, batch, put(progress))

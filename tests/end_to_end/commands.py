@@ -9,6 +9,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -102,9 +103,31 @@ def succeed(arguments: Sequence[str], *, devices: int = 1, **environment: str) -
     return result
 
 
-def stop_after(arguments: Sequence[str], number: signal.Signals, reached: Callable[[], bool]) -> Result:
+def launched(arguments: Sequence[str], processes: int) -> list[str]:
+    """The arguments that run a command as several processes."""
+    return ["-m", "lm", "launch", "--processes", str(processes), "--timeout", str(TIMEOUT_SECONDS), "--", *arguments]
+
+
+def start_each(
+    *arguments: Sequence[str], environments: Sequence[Mapping[str, str]] = ()
+) -> list[subprocess.Popen[str]]:
+    """Starts the processes of one run, each by its own arguments and with its own environment besides."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    place = {"LM_COORDINATOR": address, "LM_PROCESSES": str(len(arguments))}
+    own = environments or [{}] * len(arguments)
+    return [
+        start(each, **place, LM_PROCESS=str(index), **environment)
+        for index, (each, environment) in enumerate(zip(arguments, own, strict=True))
+    ]
+
+
+def stop_after(
+    arguments: Sequence[str], number: signal.Signals, reached: Callable[[], bool], **environment: str
+) -> Result:
     """Starts a process and sends it a signal as soon as `reached()`."""
-    process = start(arguments)
+    process = start(arguments, **environment)
     deadline = time.monotonic() + TIMEOUT_SECONDS
     try:
         while not reached():

@@ -24,6 +24,7 @@ if int(processes) > 1:
     jax.distributed.initialize(address, int(processes), int(number))
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import Mesh
 from lm.config import ParallelConfig
 from lm.data.corpus import open_corpus
 from lm.data.pipeline import Pipeline
@@ -45,6 +46,10 @@ for _ in range(3):
     whole = process_allgather(put_rows(mesh, batch), tiled=True)
     found.append([np.asarray(array).tolist() for array in whole])
 batches.close()
+# a mesh on which the devices of processes alternate, as on some tori: a process reads more than it needs
+apart = Mesh(mesh.devices.reshape(2, -1).T.reshape(mesh.devices.shape), mesh.axis_names)
+whole = process_allgather(put_rows(apart, pipeline.batch_at(int(first), own_rows(apart, 8))), tiled=True)
+assert [np.asarray(array).tolist() for array in whole] == found[0], "rows that lie apart"
 if int(number) == 0:
     print(json.dumps(found))
 """

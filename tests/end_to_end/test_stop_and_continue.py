@@ -81,7 +81,7 @@ def test_evaluations_are_those_of_the_undisturbed_run_each_once(stopped, finishe
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
 def test_arrays_are_those_of_the_undisturbed_run_bit_for_bit(stopped, finished, name, item):
     ours, theirs = (
-        jax.tree.map(np.asarray, arrays.read_here(run / "checkpoints" / str(STEPS) / item, dtype=None))
+        jax.tree.map(np.asarray, arrays.read_all(run / "checkpoints" / str(STEPS) / item, dtype=None))
         for run in (stopped[name][0], finished.workdir)
     )
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)

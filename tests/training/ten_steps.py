@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import numpy as np
@@ -11,10 +10,11 @@ import numpy as np
 from lm.config import DataConfig, OptimizerConfig, RunConfig, TrainingConfig
 from lm.data.packing import Batch
 from lm.nn.language_model import model_specs
-from lm.parallel import constrainer, put_rows
+from lm.parallel import put_rows
+from lm.training.lowering import lower_step, step_on
 from lm.training.optimizer import make_optimizer
+from lm.training.replicated import put_replicas
 from lm.training.state import create_state
-from lm.training.step import train_step
 
 from ..conftest import SHAPES, VOCABULARY
 
@@ -57,22 +57,30 @@ def batch_at(step: int) -> Batch:
 
 
 def compiled(cfg: RunConfig, mesh):
-    """The jitted step of a config on a mesh, and a fresh state."""
+    """The jitted step of a config on a mesh, which leaves the state that it is given, and a fresh state."""
     optimizer = make_optimizer(cfg.optimizer, model_specs(cfg.model), mesh)
-    step = functools.partial(train_step, cfg=cfg, optimizer=optimizer, constrain=constrainer(mesh))
-    return jax.jit(step), create_state(cfg, optimizer, mesh)
+    return jax.jit(step_on(cfg, optimizer, mesh)), create_state(cfg, optimizer, mesh)
+
+
+def as_in_a_run(cfg: RunConfig, mesh):
+    """The step as a run has it, by either strategy and with its state donated; how it wants its batches; a state."""
+    pmap = cfg.parallel.strategy == "pmap"
+    optimizer = make_optimizer(cfg.optimizer, model_specs(cfg.model), None if pmap else mesh)
+    step = lower_step(cfg, optimizer, mesh, put_rows(mesh, batch_at(0))).compile()
+    return step, put_replicas if pmap else put_rows, create_state(cfg, optimizer, mesh)
 
 
 def losses(cfg: RunConfig, mesh, with_state: bool = False):
     """The loss of each of ten updates, in nats a token; and the state after them."""
-    found, state = ten_losses(*compiled(cfg, mesh), mesh)
+    step, put, state = as_in_a_run(cfg, mesh)
+    found, state = ten_losses(step, state, mesh, put)
     return (found, state) if with_state else found
 
 
-def ten_losses(step, state, mesh):
+def ten_losses(step, state, mesh, put=put_rows):
     """The loss of each of ten updates by a compiled step, and the state after them."""
     found = []
     for n in range(10):
-        state, sums = step(state, put_rows(mesh, batch_at(n)), np.float32(n / 10))
+        state, sums = step(state, put(mesh, batch_at(n)), np.float32(n / 10))
         found.append(float(sums.nats / sums.tokens))
     return found, state

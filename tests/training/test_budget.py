@@ -43,9 +43,9 @@ def test_progress_counts_from_the_end_of_the_warmup():
 def test_a_signal_is_noted_and_a_second_interrupt_is_at_once():
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest() as stop:
-        assert stop.signal is None
+        assert stop.noted is None
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.signal == signal.SIGTERM
+        assert stop.noted == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is before

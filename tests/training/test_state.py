@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import types
 
 import jax
@@ -11,14 +13,14 @@ import pytest
 
 from lm import checkpoint
 from lm.checkpoint import CheckpointWriter
-from lm.config import InputError, OptimizerConfig
+from lm.config import InputError, OptimizerConfig, ParallelConfig
 from lm.nn.language_model import model_specs
-from lm.parallel import put_rows
+from lm.parallel import make_mesh, put_rows
 from lm.training import loop
 from lm.training.budget import Budget
 from lm.training.optimizer import make_optimizer
 from lm.training.run import _initial_state
-from lm.training.state import Skipped, TrainState
+from lm.training.state import Skipped, TrainState, abstract_state, lower_state
 from lm.training.step import Sums
 
 from .ten_steps import batch_at, compiled, run_config
@@ -34,6 +36,35 @@ def averaging(one_device):
         optimizer=OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=2, newton_schulz_steps=2),
     )
     return cfg, *compiled(cfg, one_device)
+
+
+def test_a_state_is_born_in_its_places():
+    """Nowhere in the program that draws it is a whole stack of layers. Averages lie as the weights do, and Adafactor's
+    sums along one axis as what is left of them."""
+    model = run_config("llama").model
+    model = dataclasses.replace(model, num_layers=8, d_model=128, d_ff=256, head_dim=32, vocab_multiple=8)
+    parallel = ParallelConfig(data=2, fsdp=2, tensor=2)
+    cfg = dataclasses.replace(run_config("llama"), model=model, parallel=parallel)
+    cfg = dataclasses.replace(
+        cfg,
+        training=dataclasses.replace(cfg.training, ema_decay=0.9),
+        optimizer=OptimizerConfig(name="adafactor"),
+    )
+    mesh = make_mesh(parallel)
+    optimizer = make_optimizer(cfg.optimizer, model_specs(cfg.model), mesh)
+    text = lower_state(cfg, optimizer, mesh).compile().as_text()
+    sizes = {math.prod(map(int, shape.split(","))) for shape in re.findall(r"\w\[([\d,]+)\]", text)}
+    assert max(sizes) == 8 * 128 * 256 // 4, "of the feed-forward block a quarter, which a device holds"
+
+    state = abstract_state(cfg, optimizer, mesh)
+    moments = state.opt_state[1][0]
+    for name in ("up", "down"):
+        matrix = state.params["layers"]["feed_forward"][name]
+        for moment in (tree["layers"]["feed_forward"][name] for tree in (moments.v_row, moments.v_col)):
+            assert moment.shape in ((8, 128), (8, 256))
+            assert moment.sharding.spec[1] == matrix.sharding.spec[matrix.shape.index(moment.shape[1])]
+    for average, weight in zip(jax.tree.leaves(state.ema), jax.tree.leaves(state.params), strict=True):
+        assert average.sharding == weight.sharding
 
 
 def run(step, state, steps, mesh):
@@ -126,7 +157,7 @@ def test_too_many_such_steps_in_a_row_end_the_run_after_saving():
     with pytest.raises(InputError, match=r"more than 2 steps in a row.*saved as step 9.*learning_rate"):
         loop.train(
             TrainState(0, {}, {}), 0, 0.0, np.inf, cfg=cfg, budget=Budget(50, None, 0), hands=hands,
-            tokens_per_step=1, flops_per_token=1.0, peak_flops=None, stop=types.SimpleNamespace(signal=None),
+            tokens_per_step=1, flops_per_token=1.0, peak_flops=None, stop=types.SimpleNamespace(noted=None, signal=None),
         )  # fmt: skip
     assert saved == [9], "the third in a row is the 8th step, known when the 9th is under way"
     assert [line["train/skipped"] for line in lines] == [0, 0, 1, 1, 1, 2, 3, 4, 5]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib
 import io
 import logging
@@ -142,7 +143,19 @@ def named(name: str, features: tuple[str, ...] = ()) -> tfds.core.DatasetBuilder
 
 
 def prepare(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
-    """Builds a dataset as ArrayRecord. TFDS does it in a folder of its own and renames that, so a kill does no harm."""
+    """Builds a dataset as ArrayRecord, unless another process has done it by the time that its lock is to be had.
+
+    TFDS does it in a folder of its own and renames that, so a kill does no harm.
+    """
+    name = hashlib.sha256(str(builder.data_path).encode()).hexdigest()[:32]
+    with cache.locked(cache.directory("tfds") / f".{name}.lock"):
+        if builder.data_path.exists():
+            builder.info.read_from_directory(builder.data_dir)
+            return builder
+        return _prepare(builder)
+
+
+def _prepare(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
     settings = tfds.download.DownloadConfig(try_download_gcs=False)
     downloader.MAX_RETRIES = DOWNLOAD_RETRIES
     remedy = f"prepare it where it can be, with --file_format=array_record, and copy it to {builder.data_dir_root}"
