@@ -77,7 +77,8 @@ def evaluate(argv: Sequence[str]) -> None:
     _check_harness(arguments)
     allocator.keep_freed_memory()
     with cli.loading():
-        from lm import api, hosts
+        from lm import api
+        from lm.processes import hosts
 
     arguments.connect()
     files = _files(arguments) if hosts.is_first() else {}
@@ -133,8 +134,9 @@ def _score(run: "Loaded", others: "Sequence[Loaded]", arguments: Arguments, file
 
     Of several processes the first alone shows and writes it.
     """
-    from lm import api, hosts, scored_text
+    from lm import api, scored_text
     from lm.evaluation.comparison import compare
+    from lm.processes import hosts
 
     how = {name: getattr(arguments, name) for name in ("window", "stride", "score_eos")}
     scored_text.check_together([run, *others], None, **how)

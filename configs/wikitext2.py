@@ -3,9 +3,9 @@
     python train.py wikitext2 --data.train text:train.txt --data.validation text:valid.txt
     python eval.py runs/wikitext2 --data text:test.txt --window 128 --stride 32
 
-It has the time in which PyTorch's word-level Transformer example makes its first epoch. Perplexity by word, which compares
-with word-level models whatever the tokenizer, is exp of the nats that eval.py gives over the words and line ends of the
-text, 245,569 in the test text: 142 after 2330 steps, 2.5 epochs.
+It has the time in which PyTorch's word-level Transformer example makes its first epoch. Perplexity by word, which
+compares with word-level models whatever the tokenizer, is exp of the nats that eval.py gives over the words and line
+ends of the text, 245,569 in the test text: 146 after 2015 steps, in 690 s of two Zen 4 cores, and 142 after 2330.
 """
 
 from lm.config import (

@@ -222,8 +222,9 @@ def plan(argv: Sequence[str]) -> None:
 
     name, arguments = cli.with_preset(PlanArguments, argv, api.preset, prog="python -m lm plan")
     target = None if arguments.json is None else output.writable_file("--json", arguments.json)
-    from lm import accelerators, forecast
+    from lm import forecast
     from lm import plan as plans
+    from lm.costs import accelerators
 
     device = None if arguments.device is None else accelerators.accelerator(arguments.device)
     island = arguments.devices_per_host
@@ -236,10 +237,12 @@ def plan(argv: Sequence[str]) -> None:
         sizes = forecast.parsed_mesh(arguments.mesh)
         parallel = dataclasses.replace(config.parallel, data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor)
         config = dataclasses.replace(config, parallel=parallel)
-    config = plans.resolved(config, api.load)
     parallel = config.parallel
     named = (parallel.data or 1) * parallel.fsdp * parallel.tensor
     devices = named if arguments.devices is None else arguments.devices
+    if device is not None and devices > 0:
+        forecast.fake_devices(devices)  # before a model that it goes on from is opened on a real one
+    config = plans.resolved(config, api.load)
     if device is None:
         found = plans.plan(config, devices)
         lines, figures = plans.lines(name, found), found.as_dict()

@@ -17,7 +17,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 
-from lm import checkpoint, compilation, generation, hosts, watch
+from lm import checkpoint, compilation, generation
 from lm.checkpoint import Loaded
 from lm.config import InputError, ParallelConfig, RunConfig
 from lm.evaluation.perplexity import Evaluator, Scores, check_eos
@@ -28,7 +28,8 @@ from lm.interop import huggingface
 from lm.observe.bar import Bar
 from lm.observe.terminal import Terminal
 from lm.observe.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, WandbWriter, Writer
-from lm.parallel import make_mesh, rules_of
+from lm.parallel import RULES, Rules, make_mesh, rules_of
+from lm.processes import hosts, watch
 from lm.run_directory import locked
 from lm.scored_text import ScoredText, open_text, tokenizer_of, window_and_stride
 from lm.training.conclusion import conclude, final_evaluation, score
@@ -112,8 +113,9 @@ def train(config: RunConfig, workdir: str | Path) -> Loaded:
         if stop.signal is not None:
             say(f"stopped    by {signal.Signals(stop.signal).name}; saved in {workdir}; the same command continues")
             raise SystemExit(128 + stop.signal)
-        # Of several processes none need hold all parameters.
-        mesh = make_mesh(config.parallel) if hosts.count() > 1 else None
+        # What was split over devices needn't fit one of them.
+        split = hosts.count() > 1 or config.parallel.fsdp * config.parallel.tensor > 1
+        mesh = make_mesh(config.parallel) if split else None
         run = checkpoint.load(workdir, mesh=mesh, rules=rules_of(config.parallel))
         run = dataclasses.replace(run, config=start.config)  # its evaluation may have changed
         result = final_evaluation(run, start, workdir, say)
@@ -129,7 +131,14 @@ def _to_continue(workdir: Path) -> str:
     return f"{last}; the same command continues, with any number of processes"
 
 
-def load(path: str | Path, *, step: str | int = "latest", dtype: str = "float32", mesh: Mesh | None = None) -> Loaded:
+def load(
+    path: str | Path,
+    *,
+    step: str | int = "latest",
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    rules: Rules = RULES,
+) -> Loaded:
     """Opens a model: a run directory, one checkpoint inside it, written on any number of devices of any kind, or a
     Hugging Face model folder.
 
@@ -140,6 +149,7 @@ def load(path: str | Path, *, step: str | int = "latest", dtype: str = "float32"
       dtype: it computes in float32 unless this says "bfloat16" (parameters are cast too) or "tensorfloat32".
       mesh: of `lm.parallel.make_mesh`, to lay the parameters out over: each process reads what its devices hold, so
         that none need hold all, and all processes of the mesh make the call. None: this process's first device.
+      rules: of `lm.parallel.rules_of`, which axes of the mesh split which axes of arrays.
     """
     if dtype not in ("float32", "bfloat16", "tensorfloat32"):
         raise InputError(f"dtype is {dtype!r}: use 'float32', 'bfloat16' or 'tensorfloat32'")
@@ -147,9 +157,10 @@ def load(path: str | Path, *, step: str | int = "latest", dtype: str = "float32"
     if huggingface.is_folder(path):
         if step not in ("latest", "best"):
             raise InputError(f"{path} is a Hugging Face model folder: it has no step {step}, leave the step out")
-        run = huggingface.load(path, dtype="bfloat16" if dtype == "bfloat16" else "float32", mesh=mesh)
+        run = huggingface.load(path, dtype="bfloat16" if dtype == "bfloat16" else "float32", mesh=mesh, rules=rules)
     else:
-        run = checkpoint.load(path, step=step, dtype="bfloat16" if dtype == "bfloat16" else None, mesh=mesh)
+        cast = "bfloat16" if dtype == "bfloat16" else None
+        run = checkpoint.load(path, step=step, dtype=cast, mesh=mesh, rules=rules)
     # auto: the back end that it was trained with may not run here
     model = dataclasses.replace(run.config.model, compute_dtype=dtype, attention="auto")  # type: ignore[arg-type]
     return dataclasses.replace(run, config=dataclasses.replace(run.config, model=model))

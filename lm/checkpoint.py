@@ -17,6 +17,7 @@ import functools
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,11 +26,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from lm import arrays, hosts
+from lm import arrays
 from lm.config import InputError, RunConfig
 from lm.manifest import MANIFEST, Manifest, add_metrics, read_manifest, sync, verify, write_atomically, write_manifest
 from lm.nn.language_model import model_specs
 from lm.parallel import RULES, Rules, parameter_shardings
+from lm.processes import hosts
 from lm.run_directory import (
     BEST,
     CHECKPOINTS,
@@ -52,6 +54,8 @@ if TYPE_CHECKING:
 __all__ = ["BEST", "CheckpointWriter", "Loaded", "Manifest", "best_step", "latest_step", "load", "locate"]
 __all__ += ["entries", "read_config", "read_manifest", "restore", "restore_params", "steps", "verify", "write"]
 
+APPEARS_SECONDS = 60.0
+"""For what one process has written to be seen by the others; NFS keeps for half a minute that a file isn't there."""
 _LEFTOVER = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|deleting)")
 
 
@@ -88,7 +92,7 @@ class CheckpointWriter:
         if self._first:
             self._prepare_run(save_tokenizer)
         hosts.barrier("the run directory")
-        if not (self._run / CONFIG).is_file():
+        if not _appears(self._run / CONFIG):
             raise InputError(
                 f"{workdir}, where process 0 has begun the run, holds none for process {hosts.index()}: name a "
                 "--workdir on a file system that all machines share"
@@ -132,7 +136,9 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if error is not None and hosts.count() > 1:
+            self._saving = {}  # the others may know nothing of the error, and never come to wait for this save
         self.close()
 
     def _prepare_run(self, save_tokenizer: Callable[[Path], object] | None) -> None:
@@ -163,6 +169,14 @@ class CheckpointWriter:
             # renamed first, so that a half-deleted checkpoint is never taken for a whole one
             doomed = step_path(self._run, step).rename(self._folder / f"{step}.deleting")
             shutil.rmtree(doomed)
+
+
+def _appears(file: Path) -> bool:
+    """Whether a file that another process has written is there; a network's file system may show it late."""
+    until = time.monotonic() + APPEARS_SECONDS
+    while not file.is_file() and time.monotonic() < until:
+        time.sleep(0.5)
+    return file.is_file()
 
 
 def restore(checkpoint: str | Path, items: Mapping[str, Any]) -> dict[str, Any]:

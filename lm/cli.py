@@ -24,7 +24,7 @@ Arguments = TypeVar("Arguments")
 def main(command: Callable[[Sequence[str]], Any]) -> None:
     """Runs a command on the process's arguments. The user's mistakes end in one message and exit status 2.
 
-    Where the process is one of several, all of them end together: see `lm.watch`.
+    Where the process is one of several, all of them end together: see `lm.processes.watch`.
     """
     warnings.showwarning = _warn  # type: ignore[assignment]
     try:
@@ -68,13 +68,13 @@ def _fail(message: str) -> NoReturn:
 
 def _fail_all(message: str, status: int) -> None:
     """Ends all processes of a run of several; returns where this is the only one."""
-    if "lm.watch" in sys.modules:  # loads JAX
-        sys.modules["lm.watch"].fail(status, message)
+    if "lm.processes.watch" in sys.modules:  # loads JAX
+        sys.modules["lm.processes.watch"].fail(status, message)
 
 
 def _crash(error: Exception) -> None:
     """What isn't the user's fault may be another process's; else it is shown here, and all processes end."""
-    watch = sys.modules.get("lm.watch")
+    watch = sys.modules.get("lm.processes.watch")
     if watch is None or not watch.watching():
         return
     if isinstance(error, watch.HostError):
@@ -85,8 +85,8 @@ def _crash(error: Exception) -> None:
 
 
 def _finish() -> None:
-    if "lm.hosts" in sys.modules:
-        sys.modules["lm.hosts"].finish()
+    if "lm.processes.hosts" in sys.modules:
+        sys.modules["lm.processes.hosts"].finish()
 
 
 @contextlib.contextmanager
@@ -105,7 +105,7 @@ def loading() -> Iterator[None]:
 
 def _warn(message: Warning | str, category: type[Warning], *_: object) -> None:
     """A warning as a line, without the place in the code: it is for the user. Of several processes the first warns."""
-    if "lm.hosts" in sys.modules and not sys.modules["lm.hosts"].is_first():
+    if "lm.processes.hosts" in sys.modules and not sys.modules["lm.processes.hosts"].is_first():
         return
     print(f"warning: {message}", file=sys.stderr)
 
@@ -142,7 +142,7 @@ class Processes:
 
     def connect(self) -> None:
         """Makes this process one of them; before JAX looks for devices."""
-        from lm import hosts  # loads JAX
+        from lm.processes import hosts  # loads JAX
 
         hosts.connect(self.coordinator, self.processes, self.process)
 

@@ -15,15 +15,13 @@ from typing import Any
 import jax
 
 from lm import plan as plans
-from lm.accelerators import Accelerator
-from lm.collectives import Collective, by_kind, collectives
 from lm.config import InputError, ParallelConfig, RunConfig
+from lm.costs.accelerators import Accelerator
+from lm.costs.collectives import Collective, by_kind, collectives
 from lm.fields import nearest
-from lm.nn.language_model import model_specs
-from lm.parallel import MESH_AXES, make_mesh, rules_of
+from lm.parallel import MESH_AXES, make_mesh
 from lm.training.flops import flops_per_token, recomputed_flops_per_token
-from lm.training.lowering import lower_step
-from lm.training.optimizer import make_optimizer
+from lm.training.lowering import lower_step, optimizer_on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +119,11 @@ def forecast(cfg: RunConfig, devices: int, name: str, accelerator: Accelerator, 
     """
     planned = plans.plan(cfg, devices, accelerator.platform)  # what doesn't fit together is refused by it
     for_cpu = plans.plan(cfg, devices, "cpu")
-    mesh = make_mesh(cfg.parallel, _fake_devices(devices))
-    optimizer = make_optimizer(cfg.optimizer, model_specs(cfg.model), mesh, rules_of(cfg.parallel))
+    mesh = make_mesh(cfg.parallel, fake_devices(devices))
+    cfg = dataclasses.replace(
+        cfg, model=dataclasses.replace(cfg.model, attention="auto")
+    )  # no kernel of a device's own
+    optimizer = optimizer_on(cfg, mesh)
     begin = time.perf_counter()
     lowered = lower_step(cfg, optimizer, mesh, plans.abstract_batch(cfg, mesh))
     options: Any = {"xla_backend_optimization_level": 0}  # LLVM's passes change nothing that is reported here
@@ -189,15 +190,19 @@ def seconds(one: Collective, accelerator: Accelerator, island: int) -> float:
     return inside if here == one.group else max(inside, one.sent / (accelerator.network * here))
 
 
-def _fake_devices(count: int) -> list[jax.Device]:
-    """So many CPU devices, of this process. No back end may be running yet, or it must have enough."""
+def fake_devices(count: int) -> list[jax.Device]:
+    """So many CPU devices, of this process. Raises InputError where a back end runs already and has fewer."""
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:  # a back end runs
         pass
     devices = jax.devices("cpu")
-    assert len(devices) >= count, f"{count} fake devices asked for after JAX has started with {len(devices)}"
+    if len(devices) < count:
+        raise InputError(
+            f"JAX has started with {len(devices)} devices, and {count} fake ones are needed: begin with them, in a "
+            "process of their own"
+        )
     return devices[:count]
 
 

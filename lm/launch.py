@@ -29,8 +29,8 @@ def launch(command: Sequence[str], *, processes: int, devices: int = 1, seconds:
     killed.
 
     Args:
-        command: train.py or eval.py (that of this checkout, where there is none in the current folder), or `-m MODULE`,
-            and its arguments.
+        command: train.py or eval.py (that of this checkout, where there is none in the current folder) and its
+            arguments, or another script or `-m MODULE` that connects as these do.
         devices: CPU devices of each process.
         seconds: after which all are killed; None: never.
     """
@@ -43,7 +43,8 @@ def launch(command: Sequence[str], *, processes: int, devices: int = 1, seconds:
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
     }
-    running = [_start(arguments, environment, index) for index in range(processes)]
+    running: list[subprocess.Popen[str]] = []
+    threads: list[threading.Thread] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
         for process in running:
@@ -52,12 +53,20 @@ def launch(command: Sequence[str], *, processes: int, devices: int = 1, seconds:
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for index in range(processes):
+            running.append(_start(arguments, environment, index))
+            if (errors := running[-1].stderr) is not None:
+                prefix = f"process {index}: "
+                threads.append(threading.Thread(target=_pass_on, args=(errors, prefix), daemon=True))
+                threads[-1].start()
         return _wait(running, seconds)
     finally:
         for process in running:
             if process.poll() is None:
                 process.kill()
             process.wait()
+        for thread in threads:
+            thread.join(5)  # what was written last is to be seen too
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -86,13 +95,10 @@ def _start(arguments: list[str], environment: dict[str, str], index: int) -> sub
     own = environment | {"LM_PROCESS": str(index)}
     if index == 0:
         return subprocess.Popen(arguments, env=own, stdin=subprocess.DEVNULL, text=True, start_new_session=True)
-    process = subprocess.Popen(
+    return subprocess.Popen(
         arguments, env=own, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         errors="replace", start_new_session=True,
     )  # fmt: skip
-    assert process.stderr is not None
-    threading.Thread(target=_pass_on, args=(process.stderr, f"process {index}: "), daemon=True).start()
-    return process
 
 
 def _pass_on(stream: IO[str], prefix: str) -> None:

@@ -18,11 +18,11 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from lm.checkpoint import Loaded
 from lm.config import InputError, ModelConfig, ParallelConfig, RunConfig
+from lm.costs.liveness import Peak, peak
 from lm.data import tokenizer as tokenizers
 from lm.data.pipeline import Batch
 from lm.fields import check_types
 from lm.fsdp import exchange
-from lm.liveness import Peak, peak
 from lm.nn.attention_backend import Site, choose
 from lm.nn.language_model import model_specs
 from lm.nn.matmul import numerics
@@ -30,7 +30,7 @@ from lm.nn.params import count, is_spec
 from lm.parallel import MESH_AXES, RULES, batch_shards, check_batch, replicated, rules_of
 from lm.sharded_attention import bound
 from lm.training.flops import flops_per_token
-from lm.training.optimizer import make_optimizer
+from lm.training.lowering import optimizer_on
 from lm.training.state import TrainState, abstract_state
 from lm.training.step import train_step
 from lm.validation import validate
@@ -113,7 +113,7 @@ def plan(cfg: RunConfig, devices: int, platform: str = "cpu") -> Plan:
     mesh = abstract_mesh(cfg.parallel, devices)
     check_batch(cfg.training.batch_size, cfg.training.gradient_accumulation, mesh)
     specs = model_specs(cfg.model)
-    state = abstract_state(cfg, make_optimizer(cfg.optimizer, specs, mesh, rules_of(cfg.parallel)), mesh)
+    state = abstract_state(cfg, optimizer_on(cfg, mesh), mesh)
     moment, batch = fullest(cfg, mesh, platform, state)
     whole = flops_per_token(cfg.model, cfg.data.context)
     return Plan(
@@ -165,7 +165,7 @@ def fullest(cfg: RunConfig, mesh: Mesh, platform: str, state: TrainState) -> tup
     tensor, part = mesh.shape["tensor"], dataclasses.replace(cfg, model=_one_part(cfg.model, mesh.shape["tensor"]))
     mesh = abstract_mesh(ParallelConfig(mesh.shape["data"], mesh.shape["fsdp"]), math.prod(mesh.shape.values()))
     specs, rules = model_specs(part.model), rules_of(cfg.parallel)
-    optimizer = make_optimizer(cfg.optimizer, specs, mesh, rules)
+    optimizer = optimizer_on(part, mesh)
     if tensor > 1:
         state = abstract_state(part, optimizer, mesh)
     batch = abstract_batch(cfg, mesh)

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from lm.accelerators import ACCELERATORS, peak_flops
-from lm.collectives import Collective
 from lm.config import ParallelConfig
+from lm.costs.accelerators import ACCELERATORS, peak_flops
+from lm.costs.collectives import Collective
 from lm.forecast import as_asked, exchanged, parsed_mesh, seconds
 
 

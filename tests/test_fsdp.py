@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lm.collectives import collectives
 from lm.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from lm.costs.collectives import collectives
 from lm.data.packing import Batch
 from lm.nn.language_model import model_specs
 from lm.nn.params import is_spec

@@ -10,8 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Rooms from left to right; a file imports only from its own room and from rooms to its left.
 ROOMS = (
-    {"config", "allocator", "fields", "differences", "validation", "nn", "coordination", "watch", "rendezvous", "hosts"}
-    | {"accelerators", "collectives", "liveness", "operations"},
+    {"config", "allocator", "fields", "differences", "validation", "nn", "processes", "costs"},
     {"model", "parallel", "fsdp", "sharded_attention", "data", "compilation"},
     {"checkpoint", "run_directory", "manifest", "arrays"},
     {"generation"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lm.interop.huggingface_weights import HEAD, canonical, embedding, prefixed
 from lm.interop.huggingface_weights import weights as family_weights
 from lm.interop.safetensors_files import FLOATS, Tensor, open_folder, same_bytes, write_folder
 from lm.manifest import MANIFEST, write_atomically
+from lm.parallel import RULES, Rules
 from lm.run_directory import CHECKPOINTS
 from lm.validation import validate
 
@@ -36,12 +38,13 @@ def is_folder(path: str | Path) -> bool:
     return config.is_file() and "schema_version" not in huggingface_config.read_file(config)
 
 
-def load(path: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None) -> Loaded:
+def load(path: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None, rules: Rules = RULES) -> Loaded:
     """Opens a folder: config.json as transformers 4 or 5 writes it, *.safetensors, and a tokenizer if there is one.
 
     Args:
       dtype: of the parameters, "float32" or "bfloat16", whatever the files have.
-      mesh: where they are to lie; None: on this process's first device.
+      mesh: where they are to lie, by the rules; None: on this process's first device. Tables are padded with rows to
+        what their axis of the mesh divides.
 
     Raises InputError for an architecture or a field that isn't implemented, and for files that are broken or don't fit
     one another. `data.context` is the model's positions, at most LONGEST_ROW; `step` is None.
@@ -54,6 +57,9 @@ def load(path: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None) 
         raise InputError(f"{folder} has no {config.name}: the weights alone don't say what model they are")
     values = huggingface_config.read_file(config)
     family, model = huggingface_config.read(values, config)
+    if mesh is not None:
+        parts = math.prod(mesh.shape[axis] for axis in rules["vocab"])
+        model = dataclasses.replace(model, vocab_multiple=math.lcm(model.vocab_multiple, parts))
     run = RunConfig(model=model, data=DataConfig(context=min(model.position_rows, LONGEST_ROW)))
     tokenizer = huggingface_tokenizer.load(folder, values, model.vocabulary)
     if tokenizer is not None:
@@ -66,7 +72,9 @@ def load(path: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None) 
     wanted = list(family_weights(model, family.model_type))
     _drop_tied_head(model, family.model_type, tensors)
     weights.check(wanted, tensors, folder)
-    return Loaded(run, weights.read(model, wanted, tensors, dtype=dtype, mesh=mesh), tokenizer, None, folder)
+    return Loaded(
+        run, weights.read(model, wanted, tensors, dtype=dtype, mesh=mesh, rules=rules), tokenizer, None, folder
+    )
 
 
 def save(

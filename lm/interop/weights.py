@@ -15,7 +15,7 @@ from lm.config import InputError, ModelConfig
 from lm.interop.safetensors_files import Tensor
 from lm.nn.language_model import model_specs
 from lm.nn.params import is_spec
-from lm.parallel import sharding
+from lm.parallel import RULES, Rules, sharding
 from lm.run_directory import listed
 
 ALL: Any = ...
@@ -96,6 +96,7 @@ def read(
     *,
     dtype: str,
     mesh: Mesh | None = None,
+    rules: Rules = RULES,
 ) -> dict[str, Any]:
     """Our parameters, read from files. Raises InputError at a number that is not finite."""
 
@@ -104,7 +105,7 @@ def read(
         _check_finite(theirs, weight.name, tensors[weight.name].path)
         return theirs
 
-    return assemble(cfg, weights, tensor, dtype=dtype, mesh=mesh)
+    return assemble(cfg, weights, tensor, dtype=dtype, mesh=mesh, rules=rules)
 
 
 def assemble(
@@ -114,10 +115,11 @@ def assemble(
     *,
     dtype: str,
     mesh: Mesh | None = None,
+    rules: Rules = RULES,
 ) -> dict[str, Any]:
     """Our parameters, put together from their tensors; rows of padding are 0.
 
-    On this process's first device; on a mesh if there is one, laid out as `lm.parallel` says: then a host's memory
+    On this process's first device; on a mesh if there is one, laid out by the rules: then a host's memory
     holds at any time one whole parameter, and one tensor. Else it holds also the parameters so far.
     """
     by_path: dict[tuple[str, ...], list[Weight]] = {}
@@ -130,7 +132,7 @@ def assemble(
             weight.put(tensor(weight), ours)
         if mesh is None:
             return jax.device_put(ours, jax.local_devices()[0], may_alias=True)
-        place = sharding(mesh, spec.shape, spec.axes)
+        place = sharding(mesh, spec.shape, spec.axes, rules)
         return jax.make_array_from_callback(spec.shape, place, lambda index: ours[index])
 
     params = jax.tree_util.tree_map_with_path(parameter, model_specs(cfg), is_leaf=is_spec)

@@ -131,6 +131,10 @@ def _attend(form: _Form, q_nBKgH: Array, k_mBKcH: Array, v_mBKcH: Array, places:
 def _forward(form: _Form, q: Array, k: Array, v: Array, places: _Places) -> tuple[Array, tuple]:
     """o_nBKgH, float32, and what the backward pass needs: the arguments, o and log Σ exp(scores), [n, B, K, g]."""
 
+    # As if they followed from q: masks would follow from segments alone, and a layer that is computed again in the
+    # backward pass would keep those of all pairs of blocks.
+    places = lax.optimization_barrier((q, places))[1]
+
     def step(carry: Any, i: Array, j: Array) -> Any:
         o_BKgH, best_BKg, sum_BKg = carry
         scores_BKgc = _scores(form, q[i], k[j], places, i, j)

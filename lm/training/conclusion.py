@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from lm import compilation, generation, hosts
+from lm import compilation, generation
 from lm.checkpoint import Loaded
 from lm.config import ParallelConfig
 from lm.data.corpus import Corpus
@@ -25,6 +25,7 @@ from lm.generation import Sampling
 from lm.manifest import add_metrics, fingerprint, read_manifest, write_atomically
 from lm.nn.language_model import model_specs
 from lm.parallel import make_mesh, parameter_shardings, rules_of
+from lm.processes import hosts
 from lm.training.loop import summary
 from lm.training.run import evaluator
 from lm.training.start import Start

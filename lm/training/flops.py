@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax
 
-from lm import accelerators
 from lm.config import ModelConfig
+from lm.costs import accelerators
 from lm.nn.language_model import model_specs
 from lm.nn.params import matrix_size
 

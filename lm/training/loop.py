@@ -29,6 +29,7 @@ class Hands:
     evaluate: Callable[[Any], dict[str, Scores]]  # of each validation text; the first one says what is best
     save: Callable[[int, TrainState, float, dict[str, Scores] | None], None]  # step, state, seconds, its evaluation
     write: Callable[[dict[str, Any]], None]  # one record of metrics
+    settle: Callable[[], None] = lambda: None  # waits until what was saved is complete
 
 
 class Clock:
@@ -101,6 +102,7 @@ def train(
     if saved != step:
         hands.save(step, state, clock.seconds(), scores)
     if log.diverged:
+        hands.settle()
         raise InputError(
             f"diverged: the loss or the gradients of more than {cfg.training.max_skipped_steps} steps in a row are not "
             f"finite. None of these steps changed the weights, which are saved as step {step}. Lower "

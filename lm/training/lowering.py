@@ -17,9 +17,16 @@ from lm.nn.language_model import model_specs
 from lm.nn.matmul import numerics
 from lm.parallel import replicated, rules_of
 from lm.sharded_attention import attend_on
+from lm.training.optimizer import make_optimizer
 from lm.training.replicated import lower_replicated
 from lm.training.state import abstract_state
 from lm.training.step import train_step
+
+
+def optimizer_on(cfg: RunConfig, mesh: Mesh) -> optax.GradientTransformationExtraArgs:
+    """The run's optimizer, for a state that lies on the mesh as `parallel.strategy` has it."""
+    shared = mesh if cfg.parallel.strategy == "spmd" else None  # under pmap each device updates everything
+    return make_optimizer(cfg.optimizer, model_specs(cfg.model), shared, rules_of(cfg.parallel))
 
 
 def lower_step(

@@ -21,14 +21,12 @@ from lm.checkpoint import CheckpointWriter
 from lm.data.pipeline import Batch
 from lm.evaluation.perplexity import Evaluator, Scores
 from lm.manifest import read_manifest
-from lm.nn.language_model import model_specs
-from lm.parallel import make_mesh, own_rows, put_rows, rules_of
+from lm.parallel import make_mesh, own_rows, put_rows
 from lm.run_directory import BEST
 from lm.sharded_attention import choice
 from lm.training import loop, transfers
 from lm.training.flops import flops_per_token, peak_flops
-from lm.training.lowering import lower_step
-from lm.training.optimizer import make_optimizer
+from lm.training.lowering import lower_step, optimizer_on
 from lm.training.profile import traced
 from lm.training.replicated import on_mesh, put_replicas
 from lm.training.signals import StopRequest
@@ -46,8 +44,7 @@ def run(start: Start, workdir: Path, *, write: Callable[[dict[str, Any]], None],
     """
     cfg = start.config
     mesh = make_mesh(cfg.parallel)
-    pmap = cfg.parallel.strategy == "pmap"
-    optimizer = make_optimizer(cfg.optimizer, model_specs(cfg.model), None if pmap else mesh, rules_of(cfg.parallel))
+    optimizer = optimizer_on(cfg, mesh)
     state, seconds = _initial_state(start, optimizer, mesh)
     step = start.step
     if start.budget.done(step, seconds):
@@ -82,7 +79,9 @@ def run(start: Start, workdir: Path, *, write: Callable[[dict[str, Any]], None],
             _best_nats(workdir),
             cfg=cfg,
             budget=start.budget,
-            hands=loop.Hands(run_step, _batches(start, step, mesh), _evaluate(start, mesh, say), save, write),
+            hands=loop.Hands(
+                run_step, _batches(start, step, mesh), _evaluate(start, mesh, say), save, write, checkpoints.wait
+            ),
             tokens_per_step=start.pipeline.tokens_per_step,
             flops_per_token=flops_per_token(cfg.model, cfg.data.context),
             peak_flops=None if peak is None else peak * mesh.size,

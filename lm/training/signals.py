@@ -8,7 +8,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-from lm import hosts
+from lm.processes import hosts
 
 
 class StopRequest:

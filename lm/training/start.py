@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from lm import checkpoint, hosts
+from lm import checkpoint
 from lm.checkpoint import Loaded
 from lm.config import InputError, ModelConfig, RunConfig
 from lm.data.pipeline import Pipeline
@@ -27,6 +27,7 @@ from lm.generation import prompt_ids, room
 from lm.manifest import read_manifest
 from lm.nn.language_model import model_specs
 from lm.parallel import check_batch, make_mesh, parameter_shardings, rules_of
+from lm.processes import hosts
 from lm.run_directory import CONFIG
 from lm.sharded_attention import choice
 from lm.training.budget import Budget
@@ -127,6 +128,7 @@ def prepare(
         _check_provenance(workdir, read_manifest(resume_from).provenance, provenance)
     with hosts.in_turn("the rows"):
         pipeline = pipeline_of(config, splits, stores, say)
+    hosts.barrier("the rows of all", hosts.LONG)  # each has planned its own
     hosts.same("text or run", json.dumps({**provenance, "goes on from": str(resume_from)}))
     budget = Budget.of(
         config.training,
@@ -160,7 +162,9 @@ def _gone_on_from(config: RunConfig, workdir: Path, load: Callable[..., Loaded])
         saved = checkpoint.read_config(checkpoint.locate(workdir, step))
         if saved.init_from == config.init_from:
             return config.going_on_from(saved.model), None
-    initial = load(config.init_from, mesh=make_mesh(config.parallel) if hosts.count() > 1 else None)
+    split = hosts.count() > 1 or config.parallel.fsdp * config.parallel.tensor > 1
+    mesh = make_mesh(config.parallel) if split else None
+    initial = load(config.init_from, mesh=mesh, rules=rules_of(config.parallel))
     if initial.tokenizer is None:
         raise InputError(f"--init-from {config.init_from} has no tokenizer: put its tokenizer.json or .model there")
     return config.going_on_from(initial.config.model), initial

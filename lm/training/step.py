@@ -19,6 +19,7 @@ from lm.nn import language_model
 from lm.nn.attention import Attend
 from lm.nn.encoder import Gather
 from lm.nn.layers import Constrain
+from lm.training.adam import written
 from lm.training.optimizer import apply_updates
 from lm.training.schedule import learning_rate
 from lm.training.state import Skipped, TrainState
@@ -125,7 +126,7 @@ def _average(ema: Any, params: Any, decay: float | None, step: Array, finite: Ar
     forgotten (as TensorFlow's ExponentialMovingAverage has it)."""
     assert decay is not None
     gain = jnp.where(finite, 1.0 - jnp.minimum(decay, (1.0 + step) / (10.0 + step)), 0.0)
-    params = jax.lax.optimization_barrier(params)  # the new ones as they lie: the old ones would be copied to be read
+    params = written(params)  # the new ones: the old ones would be copied to be read
     return jax.tree.map(lambda e, p: e + gain * (p - e), ema, params)
 
 

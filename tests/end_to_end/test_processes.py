@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lm import watch
+from lm.processes import watch
 
 from . import commands
 

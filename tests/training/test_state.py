@@ -157,7 +157,8 @@ def test_too_many_such_steps_in_a_row_end_the_run_after_saving():
     with pytest.raises(InputError, match=r"more than 2 steps in a row.*saved as step 9.*learning_rate"):
         loop.train(
             TrainState(0, {}, {}), 0, 0.0, np.inf, cfg=cfg, budget=Budget(50, None, 0), hands=hands,
-            tokens_per_step=1, flops_per_token=1.0, peak_flops=None, stop=types.SimpleNamespace(noted=None, signal=None),
+            tokens_per_step=1, flops_per_token=1.0, peak_flops=None,
+            stop=types.SimpleNamespace(noted=None, signal=None),
         )  # fmt: skip
     assert saved == [9], "the third in a row is the 8th step, known when the 9th is under way"
     assert [line["train/skipped"] for line in lines] == [0, 0, 1, 1, 1, 2, 3, 4, 5]

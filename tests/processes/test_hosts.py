@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from lm import coordination, hosts, rendezvous, watch
 from lm.config import InputError
+from lm.processes import coordination, hosts, rendezvous, watch
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
 
@@ -107,7 +107,8 @@ def test_a_number_in_the_environment_that_is_none_is_refused(environment, starte
 
 PREAMBLE = """
 import json, sys, time
-from lm import cli, hosts
+from lm import cli
+from lm.processes import hosts
 from lm.config import InputError
 def main(argv):
     hosts.connect()
@@ -188,7 +189,9 @@ def test_an_error_of_our_own_ends_all_and_is_shown_where_it_is():
 
 @pytest.mark.slow
 def test_processes_that_never_come_are_waited_for_a_stated_time():
-    first, second = three("pass", before="from lm import rendezvous; rendezvous.CONNECT_SECONDS = 3.0", count=2)
+    first, second = three(
+        "pass", before="from lm.processes import rendezvous; rendezvous.CONNECT_SECONDS = 3.0", count=2
+    )
     assert first[0] == second[0] == watch.LOST_STATUS, (first, second)
     assert "error: only some of the 3 processes have come at 127.0.0.1:" in first[2] and "within 3 s" in first[2]
     assert second[2].startswith("error: ") and "Traceback" not in first[2] + second[2]

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lm.operations import CHEAP, DEAR, FUSED, IN_PLACE, REDUCTIONS, Buffer, Operation, Trace, size_of
+from lm.costs.operations import CHEAP, DEAR, FUSED, IN_PLACE, REDUCTIONS, Buffer, Operation, Trace, size_of
 
 _SMALL = 64
 """Bytes of a scalar or so, which are written into the program."""
@@ -142,8 +142,8 @@ class _Moments:
 
     def _copy_donated(self) -> None:
         """XLA copies a donated argument that is read by others than its result, unless those come before the result for
-        sure: both moments of AdamW, which the new weights are computed from once more. The copy is made at the start;
-        the argument's own place then serves for arrays of its size. On GPUs one kernel makes all three."""
+        sure, such as the moments of Optax's own Adam, which the new weights are computed from once more. The copy is
+        made at the start; the argument's own place then serves for arrays of its size. On GPUs one kernel makes all."""
         for result, argument in self.given.items():
             writer = result.made_by
             others = {op for op, read in self.reads.items() if argument in read and op is not writer}

@@ -10,18 +10,18 @@ import collections
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from lm import coordination, watch
 from lm.config import InputError
-from lm.rendezvous import connect as connect
-from lm.watch import HostError as HostError
+from lm.processes import coordination, watch
+from lm.processes.rendezvous import connect as connect
+from lm.processes.watch import HostError as HostError
 
 TIMEOUT = 600.0
 """Seconds that processes wait for each other where all have about the same to do."""
 LONG = 7 * 24 * 3600.0
-"""Seconds that they wait where one of them works alone. That it is gone is found out much sooner: lm/watch.py."""
+"""Seconds that they wait where one of them works alone. That it is gone is found out much sooner: watch.py."""
 _KEPT = 64
 """Values of one name that are still there when later ones are: a process is never so far behind in a loop."""
 
@@ -122,11 +122,6 @@ def tell(name: str, value: str) -> None:
 def told(name: str) -> str | None:
     """The word that some process has left, if any has."""
     return None if count() == 1 else coordination.peek(f"lm/told/{name}")
-
-
-def first_says(say: Callable[[str], None]) -> Callable[[str], None]:
-    """`say` on the first process, and nothing on the others."""
-    return say if is_first() else lambda line: None
 
 
 def finish() -> None:

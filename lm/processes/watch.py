@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from lm import coordination
+from lm.processes import coordination
 
 BEAT_SECONDS = 1.0
 LOST_SECONDS = 20.0
@@ -133,7 +133,8 @@ class _Watch:
                 self._tell(status, message)
                 if not self.first and coordination.take("lm/said", 5.0) is not None:
                     self._leave(status, None)
-            self._leave(status, f"error: {'' if self.first else f'process {self.own}: '}{message}")
+            whose = "" if self.first else f"process {self.own}: "
+            self._leave(status, self._line(whose + message) if status == LOST_STATUS else f"error: {whose}{message}")
 
     def _leave(self, status: int, message: str | None) -> None:
         """Ends this process; the first, with which the service ends, waits a little for the others to have gone."""

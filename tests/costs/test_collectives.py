@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lm.collectives import by_kind, collectives
+from lm.costs.collectives import by_kind, collectives
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 PROGRAM = """HloModule jit_step, is_scheduled=true

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from lm.liveness import Peak, peak
+from lm.costs.liveness import Peak, peak
 
 N = 1000
 ROW, MATRIX = 4 * N, 4 * N * N

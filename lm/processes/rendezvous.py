@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
-from lm import coordination, watch
 from lm.config import InputError
+from lm.processes import coordination, watch
 
 CONNECT_SECONDS = 300.0
 """Within which all processes must have been started."""
@@ -32,7 +32,9 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
     Raises InputError for arguments that contradict each other or lack something. Ends the process where not all have
     found each other within CONNECT_SECONDS.
     """
-    if coordination.client() is not None:
+    if coordination.client() is not None:  # the caller's own jax.distributed.initialize
+        if not watch.watching():
+            watch.start()
         return
     coordinator, processes, process = _environment(coordinator, processes, process)
     method: str | None = "deactivate"
@@ -48,7 +50,7 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
                 f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not given, and no cluster is detected"
             )
         method, processes = found[0], processes or found[1]
-    check_place(coordinator, processes, process)
+    _check_place(coordinator, processes, process)
     if processes == 1:
         return
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
@@ -60,7 +62,7 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
     watch.start()
 
 
-def check_place(coordinator: str | None, processes: int, process: int | None) -> None:
+def _check_place(coordinator: str | None, processes: int, process: int | None) -> None:
     """Raises InputError where the three can't be right."""
     if processes < 1:
         raise InputError(f"--processes is {processes}: use 1 or more")
