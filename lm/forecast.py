@@ -120,9 +120,8 @@ def forecast(cfg: RunConfig, devices: int, name: str, accelerator: Accelerator, 
     planned = plans.plan(cfg, devices, accelerator.platform)  # what doesn't fit together is refused by it
     for_cpu = plans.plan(cfg, devices, "cpu")
     mesh = make_mesh(cfg.parallel, fake_devices(devices))
-    cfg = dataclasses.replace(
-        cfg, model=dataclasses.replace(cfg.model, attention="auto")
-    )  # no kernel of a device's own
+    model = dataclasses.replace(cfg.model, attention="auto")  # a device's own kernel can't be compiled here
+    cfg = dataclasses.replace(cfg, model=model)
     optimizer = optimizer_on(cfg, mesh)
     begin = time.perf_counter()
     lowered = lower_step(cfg, optimizer, mesh, plans.abstract_batch(cfg, mesh))

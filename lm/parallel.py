@@ -115,7 +115,8 @@ def make_mesh(cfg: ParallelConfig, devices: Sequence[jax.Device] | None = None) 
     if idle := {device.process_index for device in devices} - {device.process_index for device in used}:
         raise InputError(
             f"parallel.data {cfg.data} x fsdp {cfg.fsdp} x tensor {cfg.tensor} takes {len(used)} of {len(devices)} "
-            f"devices and leaves none to {len(idle)} processes, {min(idle)} the first: start fewer, or leave parallel.data out"
+            f"devices and leaves none to {len(idle)} processes, {min(idle)} the first: start fewer, or leave "
+            "parallel.data out"
         )
     grid = _grid(used, (data, cfg.fsdp, cfg.tensor))
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
