@@ -93,6 +93,12 @@ def test_the_fast_axis_stays_within_a_process():
     assert all(one.process_index == other.process_index for one, other in grid.reshape(-1, 2))
 
 
+def test_no_process_is_left_without_a_device():
+    devices = [Device(0, process, process) for process in range(4)]
+    with pytest.raises(InputError, match="takes 2 of 4 devices and leaves none to 2 processes, 2 the first"):
+        make_mesh(ParallelConfig(data=2), devices)
+
+
 def test_processes_of_a_slice_stay_together():
     devices = [Device(process % 2, process, 2 * process + local) for process in range(4) for local in range(2)]
     assert [device.process_index for device in _in_order(devices)] == [0, 0, 2, 2, 1, 1, 3, 3]

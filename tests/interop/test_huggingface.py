@@ -17,11 +17,12 @@ import lm
 import train
 from lm import __main__ as commands
 from lm import checkpoint
-from lm.config import InputError, RunConfig
+from lm.config import InputError, ParallelConfig, RunConfig
 from lm.data.tokenizer import ByteTokenizer
 from lm.interop import huggingface
 from lm.nn import language_model
 from lm.nn.head import token_nll
+from lm.parallel import make_mesh
 
 from .conftest import tensors
 
@@ -55,6 +56,17 @@ def test_opens_without_a_tokenizer(folder):
     with pytest.raises(InputError, match="no step 7"):
         lm.load(folder.path, step=7)
     assert lm.load(folder.config(max_position_embeddings=4096).path).config.data.context == 1024
+
+
+def test_a_vocabulary_that_the_mesh_does_not_divide_is_padded(folder):
+    """259 ids over two devices: a row of zeros more, whose logit is -inf; the others within 1e-5."""
+    ids, alone = np.arange(12, dtype=np.int32)[None], lm.load(folder.path)
+    split = lm.load(folder.path, mesh=make_mesh(ParallelConfig(data=1, tensor=2)))
+    table = split.params["embed"]["tokens"]
+    assert table.shape[0] == 260 and table.addressable_shards[0].data.shape[0] == 130
+    logits = np.asarray(split(ids))
+    np.testing.assert_allclose(logits[..., :259], alone(ids), atol=1e-5)
+    assert (logits[..., 259:] == -np.inf).all()
 
 
 def test_dtypes(folder):
