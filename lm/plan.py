@@ -1,7 +1,7 @@
 """What a run will take, before anything runs: parameters, FLOPs a token, and bytes a device. Nothing is allocated.
 
-The state's bytes are those of the real state's shapes and shardings, on a mesh of abstract devices; all others are those
-of the arrays that are alive at the fullest moment of the traced step.
+The state's bytes are those of the real state's shapes and shardings, on a mesh of abstract devices; all others are
+those of the arrays that are alive at the fullest moment of the traced step.
 """
 
 from __future__ import annotations
