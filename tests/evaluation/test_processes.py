@@ -23,6 +23,7 @@ from lm.data.tokenizer import ByteTokenizer
 from lm.nn import language_model, params
 from lm.parallel import make_mesh, parameter_shardings
 from tests.evaluation import two_processes
+from tests.gloo import without_gloo
 
 pytestmark = pytest.mark.slow
 
@@ -71,7 +72,7 @@ def in_two_processes(*arguments, of_second=None):
     finally:
         for process in processes:
             process.kill()
-    return [(*(re.sub(r"(?m)^\[Gloo\].*\n|^WARNING:.*\n", "", said) for said in each[:2]), each[2]) for each in ended]
+    return [(*(re.sub(r"(?m)^WARNING:.*\n", "", without_gloo(said)) for said in each[:2]), each[2]) for each in ended]
 
 
 def test_one_result_said_once_and_each_reads_its_part(written, source, tmp_path):
