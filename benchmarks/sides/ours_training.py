@@ -20,15 +20,14 @@ from lm.nn.language_model import model_specs
 from lm.nn.params import count
 from lm.parallel import make_mesh, put_rows
 from lm.training.flops import flops_per_token, peak_flops
-from lm.training.lowering import lower_step
-from lm.training.optimizer import make_optimizer
+from lm.training.lowering import lower_step, optimizer_on
 from lm.training.state import create_state
 
 
 def build(spec: dict[str, Any]) -> Side:
     cfg = RunConfig.from_json(spec["config"])
     mesh = make_mesh(cfg.parallel, jax.devices()[:1])
-    optimizer = make_optimizer(cfg.optimizer, model_specs(cfg.model), mesh)
+    optimizer = optimizer_on(cfg, mesh)
     batches = [batch_of(*pair, packed=spec["packed"]) for pair in random_rows(spec["workload"])]
     compiled = lower_step(cfg, optimizer, mesh, put_rows(mesh, batches[0])).compile()
     state = create_state(cfg, optimizer, mesh)
