@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import tyro
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from lm import allocator, cli, output
 from lm.config import InputError
+from lm.observe import tables
 from lm.observe.bar import Bar
 
 if TYPE_CHECKING:
@@ -69,29 +68,49 @@ class Arguments(cli.Processes):
     """Tasks of lm-evaluation-harness, TASK[,TASK] (extra: harness). A text is scored then only if --data says so."""
     harness_include: str | None = None
     """A folder with task files of your own."""
+    task: Literal["translation", "summarization"] | None = None
+    """On pairs, also write each second side from the first and score that: BLEU and chrF, or ROUGE (extra: tasks)."""
+    num_beams: int = 1
+    """With --task: beams of the search; 1 is greedy."""
+    length_penalty: float | None = None
+    """With --num-beams: the power of its length that a beam's log-probability is divided by. None: 1."""
+    max_tokens: int | None = None
+    """With --task: new tokens at most for each pair. None: evaluation.task_max_tokens of the run."""
+    predictions: str | None = None
+    """With --task: write sources, references and what was written for them to this file, a line of JSON a pair."""
     parallel: Layout = dataclasses.field(default_factory=Layout)
 
 
 def evaluate(argv: Sequence[str]) -> None:
     arguments = cli.parse(Arguments, argv, prog="eval.py")
+    _check_task(arguments)
     _check_harness(arguments)
     allocator.keep_freed_memory()
     with cli.loading():
         from lm import api
+        from lm.evaluation.tasks import check_task
         from lm.processes import hosts
 
     arguments.connect()
+    if arguments.task is not None:
+        check_task(arguments.task)
     files = _files(arguments) if hosts.is_first() else {}
-    if arguments.harness is not None and hosts.count() > 1:
-        raise InputError(
-            f"--harness runs in one process, and there are {hosts.count()}: start it on one machine, over whose "
-            "devices --parallel.fsdp and --parallel.tensor lay the model out"
-        )
+    for flag in ("harness", "task"):
+        if getattr(arguments, flag) is not None and hosts.count() > 1:
+            raise InputError(
+                f"--{flag} runs in one process, and there are {hosts.count()}: start it on one machine, over whose "
+                "devices --parallel.fsdp and --parallel.tensor lay the model out"
+            )
     mesh = _mesh(arguments.parallel)
     load = functools.partial(
         api.load, step=arguments.step, dtype=arguments.compute_dtype, mesh=mesh if mesh.size > 1 else None
     )
     run = load(arguments.model)
+    if arguments.harness is not None and run.config.model.has_encoder:
+        raise InputError(
+            f"--harness scores how texts go on, and {run.path} is an encoder_decoder, which writes targets for "
+            "sources: use --task on pairs, or a decoder"
+        )
     result: dict[str, Any] = {}
     if arguments.harness is None or arguments.data is not None:
         result = _score(run, [load(path) for path in arguments.compare], arguments, files)
@@ -121,7 +140,7 @@ def _write(result: dict[str, Any], files: dict[str, Path]) -> None:
 
 def _files(arguments: Arguments) -> dict[str, Path]:
     """The files to write, checked."""
-    given = {name: getattr(arguments, name) for name in ("json", "by_document", "tokens")}
+    given = {name: getattr(arguments, name) for name in ("json", "by_document", "tokens", "predictions")}
     flags = {name: f"--{name.replace('_', '-')}" for name in given}
     files = {name: output.writable_file(flags[name], path) for name, path in given.items() if path is not None}
     if len({path.resolve() for path in files.values()}) < len(files):
@@ -143,15 +162,21 @@ def _score(run: "Loaded", others: "Sequence[Loaded]", arguments: Arguments, file
     with _bar(hosts.is_first()) as bar, contextlib.ExitStack() as opened:
         text = scored_text.open_text(run, arguments.data, bar)
         scored_text.check_together([run, *others], text, **how)
+        evaluator = (
+            None if arguments.task is None else api.task_evaluator(run, arguments.task, text, **_task(arguments))
+        )
         tokens: TextIO | None = None
         if "tokens" in files:
             tokens = opened.enter_context(output.whole_file(files["tokens"]))
         how |= {"batch_size": arguments.batch_size, "progress": bar}
         scores = [api.evaluate(run, text, tokens=tokens, **how)]
         scores += [api.evaluate(other, text, **how) for other in others]
+        task = None if evaluator is None else evaluator(run, functools.partial(bar, f"writing by {run.path}"))
     result = scores[0].to_dict()
     if others:
         result["comparison"] = compare(scores)
+    if task is not None:
+        result["task"] = task.to_dict()
     if not hosts.is_first():
         return result
     for each in scores:
@@ -162,9 +187,12 @@ def _score(run: "Loaded", others: "Sequence[Loaded]", arguments: Arguments, file
             file.writelines(
                 json.dumps(record, ensure_ascii=False) + "\n" for record in scores[0].per_document.records()
             )
-    _show(result)
+    if task is not None and "predictions" in files:
+        with output.whole_file(files["predictions"]) as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in task.records())
+    tables.show(result)
     if others:
-        _show_comparison(result["comparison"])
+        tables.show_comparison(result["comparison"])
     return result
 
 
@@ -183,64 +211,6 @@ def _warn(scores: "Scores") -> None:
         )
 
 
-def _show(result: dict[str, Any]) -> None:
-    """A table on a terminal, a line `name: value` each elsewhere."""
-    names = ("nats_per_token", "standard_error", "perplexity", "word_perplexity", "bits_per_byte")
-    rows = {name.replace("_", " "): _number(result[name]) for name in names}
-    rows |= {name: f"{result[name]:,}" for name in ("tokens", "words", "bytes", "documents")}
-    rows |= {f"protocol {name}": str(value) for name, value in result["protocol"].items()}
-    rows |= {"model": f"{result['model']['path']} ({result['model']['parameters']:,} parameters)"}
-    rows |= {"seconds": f"{result['seconds']:.2f}"}
-    console = Console()
-    if not console.is_terminal:
-        print("\n".join(f"{name}: {value}" for name, value in rows.items()))
-        return
-    table = Table(show_header=False)
-    for name, value in rows.items():
-        table.add_row(name, Text(value))  # as it stands: [validation] is no markup
-    console.print(table)
-
-
-def _show_comparison(comparison: dict[str, Any]) -> None:
-    """The models, a row each, and the differences of all pairs; tabs between the columns where it is no terminal."""
-    names = ("nats_per_token", "perplexity", "word_perplexity", "bits_per_byte")
-    models = comparison["models"]
-    rows = [["", "model", *(name.replace("_", " ") for name in names), "window", "stride"]]
-    for number, each in enumerate(models, 1):
-        protocol = [str(each["protocol"][name]) for name in ("window", "stride")]
-        rows.append([str(number), each["path"], *(_number(each[name]) for name in names), *protocol])
-    _show_rows(rows)
-    _show_rows(
-        [["difference", "over the same documents", "standard error", "unit"]]
-        + [
-            [
-                f"{pair['models'][1] + 1} - {pair['models'][0] + 1}",
-                _number(pair["difference"], "+.6g"),
-                _number(pair["standard_error"]),
-                pair["unit"],
-            ]
-            for pair in comparison["pairs"]
-        ]
-    )
-
-
-def _show_rows(rows: list[list[str]]) -> None:
-    console = Console()
-    if not console.is_terminal:
-        print("\n" + "\n".join("\t".join(row) for row in rows))
-        return
-    table = Table()
-    for name in rows[0]:
-        table.add_column(name, overflow="fold")  # on a narrow terminal nothing is left out
-    for row in rows[1:]:
-        table.add_row(*map(Text, row))
-    console.print(table)
-
-
-def _number(value: float | None, form: str = ".6g") -> str:
-    return "-" if value is None else format(value, form)
-
-
 def _check_harness(arguments: Arguments) -> None:
     if arguments.harness is None:
         if arguments.harness_include is not None:
@@ -254,6 +224,25 @@ def _check_harness(arguments: Arguments) -> None:
         raise InputError("--harness needs lm-evaluation-harness: pip install lm-eval")
     if arguments.harness_include is not None and not Path(arguments.harness_include).is_dir():
         raise InputError(f"--harness-include {arguments.harness_include}: there is no such folder")
+
+
+def _check_task(arguments: Arguments) -> None:
+    if arguments.task is None:
+        for name in ("num_beams", "length_penalty", "max_tokens", "predictions"):
+            if getattr(arguments, name) != getattr(Arguments, name):
+                flag = f"--{name.replace('_', '-')}"
+                raise InputError(f"{flag} is about what a model writes: add --task translation or summarization")
+        return
+    for name in ("compare", "harness"):
+        if getattr(arguments, name):
+            raise InputError(
+                f"--task is of one model on pairs of texts, and goes with no --{name}: give one of the two"
+            )
+
+
+def _task(arguments: Arguments) -> dict[str, Any]:
+    """How texts are written, as given."""
+    return {name: getattr(arguments, name) for name in ("num_beams", "length_penalty", "max_tokens", "batch_size")}
 
 
 def _run_harness(run: "Loaded", mesh: "Mesh", arguments: Arguments) -> dict[str, Any]:

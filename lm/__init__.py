@@ -11,11 +11,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lm.api import Loaded, Scores, evaluate, generate, load, preset, preset_names, train
+    from lm.api import (
+        Candidate,
+        Loaded,
+        Scores,
+        TaskScores,
+        evaluate,
+        evaluate_task,
+        generate,
+        load,
+        n_best,
+        preset,
+        preset_names,
+        stream,
+        train,
+    )
     from lm.config import InputError, RunConfig
 
 __all__ = [
-    "InputError", "Loaded", "RunConfig", "Scores", "evaluate", "generate", "load", "preset", "preset_names", "train",
+    "Candidate", "InputError", "Loaded", "RunConfig", "Scores", "TaskScores", "evaluate", "evaluate_task", "generate",
+    "load", "n_best", "preset", "preset_names", "stream", "train",
 ]  # fmt: skip
 
 

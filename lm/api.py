@@ -9,21 +9,27 @@ import importlib.util
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 
-from lm import checkpoint, compilation, generation
+from lm import checkpoint, compilation, generation, streaming
 from lm.checkpoint import Loaded
 from lm.config import InputError, ParallelConfig, RunConfig
-from lm.evaluation.perplexity import Evaluator, Scores, check_eos
+from lm.data.corpus import Corpus
+from lm.data.pairs import sides
+from lm.data.sources.token_files import TokenFiles
+from lm.evaluation.pairs import PairEvaluator
+from lm.evaluation.perplexity import Evaluator, Scores
 from lm.evaluation.surprisal import SurprisalWriter
+from lm.evaluation.tasks import Task, TaskEvaluator, TaskScores
+from lm.evaluation.writing import Decoding
 from lm.fields import nearest
-from lm.generation import Sampling
+from lm.generation import Candidate, Sampling, Search, TextModel
 from lm.interop import huggingface
 from lm.observe.bar import Bar
 from lm.observe.terminal import Terminal
@@ -31,14 +37,15 @@ from lm.observe.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Wa
 from lm.parallel import RULES, Rules, make_mesh, rules_of
 from lm.processes import hosts, watch
 from lm.run_directory import locked
-from lm.scored_text import ScoredText, open_text, tokenizer_of, window_and_stride
+from lm.scored_text import ScoredText, check_protocol, open_text, tokenizer_of, window_and_stride
 from lm.training.conclusion import conclude, final_evaluation, score
 from lm.training.run import run as run_training
 from lm.training.signals import StopRequest, decided
 from lm.training.start import Start, prepare
-from lm.training.texts import Progress, store_of
+from lm.training.texts import Progress, Tokenizers, pair_store_of, separator_of, store_of
 
-__all__ = ["Loaded", "Scores", "evaluate", "generate", "load", "preset", "preset_names", "train"]
+__all__ = ["Candidate", "Loaded", "Scores", "TaskScores", "evaluate", "evaluate_task", "generate", "load", "n_best"]
+__all__ += ["preset", "preset_names", "stream", "train"]
 
 METRICS = "metrics.jsonl"
 
@@ -120,7 +127,7 @@ def train(config: RunConfig, workdir: str | Path) -> Loaded:
         run = dataclasses.replace(run, config=start.config)  # its evaluation may have changed
         result = final_evaluation(run, start, workdir, say)
     if hosts.is_first():
-        conclude(run, start.tokenizer, result, workdir, say)
+        conclude(run, start, result, workdir, say)
     return run
 
 
@@ -145,7 +152,7 @@ def load(
     Its params are the weights that the run was evaluated with: their moving average where `training.ema_decay` is set.
 
     Args:
-      step: "latest", "best" (by validation loss) or a number, for a run directory.
+      step: "latest", "best" (by evaluation.best) or a number, for a run directory.
       dtype: it computes in float32 unless this says "bfloat16" (parameters are cast too) or "tensorfloat32".
       mesh: of `lm.parallel.make_mesh`, to lay the parameters out over: each process reads what its devices hold, so
         that none need hold all, and all processes of the mesh make the call. None: this process's first device.
@@ -179,6 +186,8 @@ def evaluate(
 ) -> Scores:
     """Perplexity of a model on a source of text, each document's every token scored once.
 
+    Of an encoder–decoder that is every token of every target, EOS included, given its source.
+
     It is computed on the mesh that the model was loaded onto, else on all devices, each with a copy of the parameters.
     Where the devices are of several processes, all make the call, and all get the result.
 
@@ -187,33 +196,104 @@ def evaluate(
       window: the longest input the model sees, in tokens; None: as in the run's config.
       stride: new tokens each window scores; None: as in the run's config, or the window where one is given.
       batch_size: windows at a time; changes no result.
-      score_eos: score an EOS behind every document too.
+      score_eos: score an EOS behind every document too; that of targets is always scored.
       tokens: gets the surprisal of every token, a line a document: see `lm.evaluation.surprisal`.
       progress: called with (what is being done, how much of it is done, how much there is).
     """
     config, tokenizer = run.config, tokenizer_of(run)
-    window, stride = window_and_stride(run, window, stride)
-    check_eos(tokenizer, score_eos)
+    check_protocol(run, window, stride, score_eos)
     text = data if isinstance(data, ScoredText) else open_text(run, data, progress)
-    store = store_of(text.text, tokenizer, config, progress)
+    batch_size = config.evaluation.batch_size if batch_size is None else batch_size
     mesh = _mesh_of(run)
-    evaluator = Evaluator(
-        config.model,
-        store,
-        tokenizer,
-        window=window,
-        stride=stride,
-        batch_size=config.evaluation.batch_size if batch_size is None else batch_size,
-        mesh=mesh,
-        score_prompts=text.score_prompts,
-        score_eos=score_eos,
-    )
+    evaluator: Evaluator | PairEvaluator
+    if config.model.has_encoder:
+        pairs = pair_store_of(text.text, Tokenizers(tokenizer, run.source_tokenizer), config, progress)
+        scored: Corpus | TokenFiles = sides(text.text)[1]
+        store = pairs.targets
+        evaluator = PairEvaluator(
+            config.model, pairs, tokenizer, run.source_tokenizer, batch_size=batch_size, mesh=mesh
+        )
+    else:
+        window, stride = window_and_stride(run, window, stride)
+        scored, store = text.text, store_of(text.text, tokenizer, config, progress)
+        evaluator = Evaluator(
+            config.model,
+            store,
+            tokenizer,
+            window=window,
+            stride=stride,
+            batch_size=batch_size,
+            mesh=mesh,
+            score_prompts=text.score_prompts,
+            score_eos=score_eos,
+        )
     if mesh.is_multi_process:
         hosts.barrier("the text to score", hosts.LONG)  # where one has its tokens yet to make
         hosts.same("evaluation", json.dumps({**evaluator.protocol, "data": None, "rows": evaluator.rows}))
     tell = None if progress is None else functools.partial(progress, f"scoring under {run.path}")
-    each = None if tokens is None else SurprisalWriter(tokens, text.text, store, tokenizer)
+    each = None if tokens is None else SurprisalWriter(tokens, scored, store, tokenizer)
     return score(run, evaluator, mesh, tell, each)
+
+
+def evaluate_task(
+    run: Loaded,
+    task: Task,
+    data: str | ScoredText | None = None,
+    *,
+    num_beams: int = 1,
+    length_penalty: float | None = None,
+    max_tokens: int | None = None,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> TaskScores:
+    """Has a model write the second side of each pair from the first, and scores that: BLEU and chrF, or ROUGE.
+
+    Args:
+      task: "translation" or "summarization".
+      data: a source of pairs, or the name of one of the run's validation texts; None: the first of these.
+      num_beams: of the search; 1 is greedy.
+      length_penalty: the power of its length that a beam's log-probability is divided by; None: 1.
+      max_tokens: new ones for a pair at most; None: evaluation.task_max_tokens of the run's config.
+      batch_size: pairs at a time; changes no result. None: as in the run's config.
+      progress: called with (what is being done, how much of it is done, how much there is).
+
+    Raises InputError where the text has no pairs, what scores them isn't installed, or the model has no room for them.
+    """
+    text = data if isinstance(data, ScoredText) else open_text(run, data, progress)
+    evaluator = task_evaluator(
+        run,
+        task,
+        text,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+    )
+    return evaluator(run, None if progress is None else functools.partial(progress, f"writing by {run.path}"))
+
+
+def task_evaluator(
+    run: Loaded,
+    task: Task,
+    text: ScoredText,
+    *,
+    num_beams: int = 1,
+    length_penalty: float | None = None,
+    max_tokens: int | None = None,
+    batch_size: int | None = None,
+) -> TaskEvaluator:
+    """What `evaluate_task` calls: all that can be wrong is found out here, before anything is written."""
+    tokenizer_of(run)
+    evaluation = run.config.evaluation
+    decoding = Decoding(
+        evaluation.task_max_tokens if max_tokens is None else max_tokens,
+        num_beams,
+        length_penalty,
+        evaluation.batch_size if batch_size is None else batch_size,
+    )
+    evaluator = TaskEvaluator(task, text.text, decoding, pair_separator=separator_of(run.config))
+    evaluator.check(run)
+    return evaluator
 
 
 def _mesh_of(run: Loaded) -> Mesh:
@@ -229,24 +309,144 @@ def generate(
     prompts: Sequence[str],
     *,
     max_tokens: int | None = None,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    stop: str | Sequence[str] = (),
+    stop_ids: Sequence[int] = (),
     seed: int = 0,
+    seeds: Sequence[int] | None = None,
+    num_beams: int = 1,
+    length_penalty: float | None = None,
+    early_stopping: bool | Literal["never"] = False,
+    batch_size: int | None = None,
 ) -> list[str]:
-    """The continuations of the prompts, without them, each up to EOS or `max_tokens` tokens; temperature 0 is greedy.
+    """The continuations of the prompts, without them, or of an encoder_decoder what it writes for sources.
 
-    max_tokens None: 128, or what learned positions leave room for. See `lm.generation` for the rest.
+    Each goes up to EOS, an id or a text to stop at, or `max_tokens` tokens.
+
+    Args:
+      max_tokens: None: 128, or what learned positions leave room for.
+      temperature: 0 is greedy; None: 1. top_k, top_p, min_p, repetition_penalty: see `lm.sampling.Sampling`.
+      stop, stop_ids: texts and ids to stop at, which aren't given back.
+      seed: a text depends on its prompt, its index and this, or on its own one of `seeds`.
+      num_beams: 2 or more search for the likeliest text instead of drawing one. length_penalty (None: 1) and
+        early_stopping: see `lm.beams.Search`.
+      batch_size: prompts at a time; changes no result. None: all.
+
+    Raises InputError on options that contradict each other, a prompt longer than the model's context, and where there
+    isn't enough memory for keys and values.
     """
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    drawing: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    drawing |= {"repetition_penalty": repetition_penalty, "stop": stop or None, "seeds": seeds}
+    if num_beams != 1:
+        _refuse_draws(num_beams, drawing)
+        several = n_best(
+            run,
+            prompts,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            max_tokens=max_tokens,
+            stop_ids=stop_ids,
+            batch_size=batch_size,
+        )
+        return [found[0].text for found in several]
+    if length_penalty is not None or early_stopping:
+        raise InputError("length_penalty and early_stopping are of a beam search: use num_beams 2 or more with them")
+    model = _text_model(run)
     return generation.generate(
-        run.params,
-        run.config.model,
-        tokenizer_of(run),
-        [prompts] if isinstance(prompts, str) else prompts,
+        *model[:3],
+        prompts,
+        source_tokenizer=model.source_tokenizer,
+        context=model.context,
         max_tokens=max_tokens,
-        sampling=Sampling(temperature, top_k, top_p),
+        sampling=_sampling(temperature, top_k, top_p, min_p, repetition_penalty),
         seed=seed,
+        seeds=seeds,
+        stop=[stop] if isinstance(stop, str) else stop,
+        stop_ids=stop_ids,
+        batch_size=batch_size,
     )
+
+
+def n_best(
+    run: Loaded,
+    prompts: Sequence[str],
+    *,
+    num_beams: int = 4,
+    num_return: int = 1,
+    length_penalty: float | None = None,
+    early_stopping: bool | Literal["never"] = False,
+    max_tokens: int | None = None,
+    stop_ids: Sequence[int] = (),
+    batch_size: int | None = None,
+) -> list[list[Candidate]]:
+    """The best texts that a beam search finds for each prompt, or source, the best first, as (text, score).
+
+    The score is the text's log-probability, in nats, over tokens^length_penalty (None: 1). The rest is as for
+    `generate`.
+    """
+    model = _text_model(run)
+    return generation.n_best(
+        *model[:3],
+        [prompts] if isinstance(prompts, str) else prompts,
+        Search(num_beams, 1.0 if length_penalty is None else length_penalty, early_stopping, num_return),
+        source_tokenizer=model.source_tokenizer,
+        context=model.context,
+        max_tokens=max_tokens,
+        stop_ids=stop_ids,
+        batch_size=batch_size,
+    )
+
+
+def stream(
+    run: Loaded,
+    prompt: str,
+    *,
+    max_tokens: int | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    stop: str | Sequence[str] = (),
+    stop_ids: Sequence[int] = (),
+    seed: int = 0,
+) -> Iterator[str]:
+    """The text that `generate` gives for a prompt, piece by piece as it is written, in whole characters."""
+    return streaming.stream(
+        _text_model(run),
+        prompt,
+        max_tokens=max_tokens,
+        sampling=_sampling(temperature, top_k, top_p, min_p, repetition_penalty),
+        seed=seed,
+        stop=[stop] if isinstance(stop, str) else stop,
+        stop_ids=stop_ids,
+    )
+
+
+def _text_model(run: Loaded) -> TextModel:
+    data, model = run.config.data, run.config.model
+    context = data.source_length if model.has_encoder else data.context
+    return TextModel(run.params, model, tokenizer_of(run), run.source_tokenizer, context)
+
+
+def _sampling(temperature: float | None, *others: Any) -> Sampling:
+    return Sampling(1.0 if temperature is None else temperature, *others)
+
+
+def _refuse_draws(num_beams: int, drawing: dict[str, Any]) -> None:
+    """Raises InputError on options that a beam search doesn't have."""
+    given = [name for name, value in drawing.items() if value is not None and (name, value) != ("temperature", 0)]
+    if given:
+        raise InputError(
+            f"num_beams is {num_beams}, and a beam search takes the likeliest text: {given[0]} has no effect on it, "
+            "leave it out or use num_beams 1"
+        )
 
 
 class _Writers:

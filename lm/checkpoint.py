@@ -1,6 +1,6 @@
 """Checkpoints that describe themselves, written in the background, opened on any machine.
 
-    RUN/config.json, RUN/tokenizer.json (SentencePiece: tokenizer.model)
+    RUN/config.json, RUN/tokenizer.json (SentencePiece: tokenizer.model), RUN/source_tokenizer.* of an encoder's own
     RUN/checkpoints/STEP/{params/, opt_state/, rest/, config.json, tokenizer.*, manifest.json}
 
 `params` are the weights for readers: where a run averages them (`training.ema_decay`) the averaged ones, beside which
@@ -30,12 +30,14 @@ from lm import arrays
 from lm.config import InputError, RunConfig
 from lm.manifest import MANIFEST, Manifest, add_metrics, read_manifest, sync, verify, write_atomically, write_manifest
 from lm.nn.language_model import model_specs
+from lm.nn.source import Source
 from lm.parallel import RULES, Rules, parameter_shardings
 from lm.processes import hosts
 from lm.run_directory import (
     BEST,
     CHECKPOINTS,
     CONFIG,
+    SOURCE,
     TOKENIZERS,
     best_step,
     is_step,
@@ -52,7 +54,8 @@ if TYPE_CHECKING:
     from lm.model import LM
 
 __all__ = ["BEST", "CheckpointWriter", "Loaded", "Manifest", "best_step", "latest_step", "load", "locate"]
-__all__ += ["entries", "read_config", "read_manifest", "restore", "restore_params", "steps", "verify", "write"]
+__all__ += ["entries", "load_tokenizers", "read_config", "read_manifest", "restore", "restore_params"]
+__all__ += ["save_tokenizers", "steps", "verify", "write"]
 
 APPEARS_SECONDS = 60.0
 """For what one process has written to be seen by the others; NFS keeps for half a minute that a file isn't there."""
@@ -67,7 +70,8 @@ class CheckpointWriter:
     Args:
         workdir: the run directory; made if needed. What an earlier process left unfinished in it is removed.
         config: the run's config.
-        save_tokenizer: writes the tokenizer's file into the folder it gets (`Tokenizer.save`); None: no tokenizer.
+        save_tokenizer: writes the tokenizer's file, or those of both, into the folder it gets (`Tokenizer.save`,
+            `save_tokenizers`); None: no tokenizer.
         provenance: where the run comes from: checksums of data and tokenizer, versions.
         keep: how many of the newest checkpoints to keep, besides the best; None keeps all.
     """
@@ -212,7 +216,8 @@ class Loaded:
     """A trained model, opened: `loaded(tokens_BT)` gives logits. `step` and `path` say which checkpoint it is.
 
     `params` are the weights that the run was evaluated with: their moving average where `training.ema_decay` is set.
-    `step` is None, and `path` its folder, for one that isn't ours.
+    `step` is None, and `path` its folder, for one that isn't ours. `source_tokenizer` is the encoder's own; None: there
+    is no encoder, or it uses the same as the decoder.
     """
 
     config: RunConfig
@@ -220,6 +225,7 @@ class Loaded:
     tokenizer: Tokenizer | None
     step: int | None
     path: Path
+    source_tokenizer: Tokenizer | None = None
 
     @functools.cached_property
     def model(self) -> LM:
@@ -228,17 +234,25 @@ class Loaded:
 
         return LM(self.config.model)
 
-    def __call__(self, tokens_BT: Any) -> jax.Array:
-        """The compiled forward pass: logits_BTV of every position."""
-        return self._forward(self.params, jnp.asarray(tokens_BT))
+    def __call__(self, tokens_BT: Any, *, source: Any = None) -> jax.Array:
+        """The compiled forward pass: logits_BTV of every position.
+
+        Args:
+          source: what the encoder of an encoder–decoder reads: a Source, or source_BS, one source a row, EOS included.
+        """
+        if source is not None and not isinstance(source, Source):
+            tokens_BS = jnp.asarray(source)
+            positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
+            source = Source(tokens_BS, jnp.ones_like(tokens_BS), positions_BS)
+        return self._forward(self.params, jnp.asarray(tokens_BT), source)
 
     @property
     def num_parameters(self) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
     @functools.cached_property
-    def _forward(self) -> Callable[[Any, jax.Array], jax.Array]:
-        return jax.jit(lambda params, tokens_BT: self.model.apply({"params": params}, tokens_BT))
+    def _forward(self) -> Callable[[Any, jax.Array, Source | None], jax.Array]:
+        return jax.jit(lambda params, tokens, source: self.model.apply({"params": params}, tokens, source=source))
 
 
 def load(
@@ -257,16 +271,32 @@ def load(
     checkpoint = locate(path, step)
     if mesh is not None and mesh.is_multi_process:  # a run that goes on has a new latest one at any moment
         checkpoint = locate(path, hosts.agree("the step to open", str(read_manifest(checkpoint).step)))
-    _check(checkpoint, CONFIG, *TOKENIZERS)
-    tokenizer = None
-    if any((checkpoint / name).is_file() for name in TOKENIZERS):
-        from lm.data import tokenizer as tokenizers
-
-        tokenizer = tokenizers.load(checkpoint)
+    _check(checkpoint, CONFIG)
+    tokenizer, source_tokenizer = load_tokenizers(checkpoint)
     config = read_config(checkpoint)
     shardings = None if mesh is None else parameter_shardings(mesh, model_specs(config.model), rules)
     params = restore_params(checkpoint, dtype=dtype, shardings=shardings)
-    return Loaded(config, params, tokenizer, read_manifest(checkpoint).step, checkpoint)
+    return Loaded(config, params, tokenizer, read_manifest(checkpoint).step, checkpoint, source_tokenizer)
+
+
+def load_tokenizers(checkpoint: Path) -> tuple[Tokenizer | None, Tokenizer | None]:
+    """The tokenizer of a checkpoint and the encoder's own, as far as there are such."""
+    named = [[f"{prefix}{name}" for name in TOKENIZERS] for prefix in ("", SOURCE)]
+    _check(checkpoint, *named[0], *named[1])
+    found = [next((checkpoint / name for name in names if (checkpoint / name).is_file()), None) for names in named]
+    if not any(found):
+        return None, None
+    from lm.data import tokenizer as tokenizers
+
+    own, source = (None if path is None else tokenizers.load(path) for path in found)
+    return own, source
+
+
+def save_tokenizers(folder: Path, tokenizer: Tokenizer, source_tokenizer: Tokenizer | None) -> None:
+    """Writes the files that `load_tokenizers` reads."""
+    tokenizer.save(folder)
+    if source_tokenizer is not None:
+        source_tokenizer.save(folder / f"{SOURCE}{source_tokenizer.file_name}")
 
 
 def write(run: Loaded, workdir: str | Path, *, provenance: Mapping[str, str]) -> Path:
@@ -278,8 +308,13 @@ def write(run: Loaded, workdir: str | Path, *, provenance: Mapping[str, str]) ->
     workdir, step = Path(workdir), run.step or 0
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise InputError(f"{workdir} is there and not an empty folder: name a new one")
-    save_tokenizer = None if run.tokenizer is None else run.tokenizer.save
-    digests = {} if run.tokenizer is None else {"tokenizer_sha256": run.tokenizer.sha256}
+    save_tokenizer, digests = None, {}
+    if run.tokenizer is not None:
+        own, source = run.tokenizer, run.source_tokenizer
+        save_tokenizer = functools.partial(save_tokenizers, tokenizer=own, source_tokenizer=source)
+        digests = {"tokenizer_sha256": own.sha256}
+        if source is not None:
+            digests["source_tokenizer_sha256"] = source.sha256
     with CheckpointWriter(
         workdir, config=run.config, save_tokenizer=save_tokenizer, provenance={**digests, **provenance}, keep=None
     ) as writer:

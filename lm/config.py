@@ -31,8 +31,13 @@ class LayerKind(NamedTuple):
 class ModelConfig:
     """The shape and the arithmetic of the network."""
 
+    family: Literal["decoder", "encoder_decoder"] = "decoder"
+    """decoder: a causal stack alone, a language model. encoder_decoder: its layers also read, by cross-attention, what
+    an encoder has made of a source: for translation and summarisation, on pairs of texts."""
     num_layers: int = 4
-    """Layers in the stack."""
+    """Layers in the stack; of an encoder_decoder in the decoder."""
+    encoder_layers: int | None = None
+    """encoder_decoder: layers in the encoder. None: num_layers."""
     d_model: int = 128
     """Width of the residual stream."""
     num_heads: int = 4
@@ -55,10 +60,11 @@ class ModelConfig:
     activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu", "geglu"] = "gelu"
     """Nonlinearity of the feed-forward block; gelu is exact, gelu_tanh GPT-2's approximation. swiglu and geglu are
     gated, by SiLU and by gelu_tanh."""
-    positions: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"
-    """How the model is told the order of tokens."""
+    positions: Literal["learned", "sinusoidal", "rotary", "relative", "none"] = "learned"
+    """How the model is told the order of tokens. relative: a learned number for each head and distance is added to the
+    scores of self-attention (T5)."""
     max_positions: int | None = None
-    """Rows of the learned position table, in tokens. None: data.context."""
+    """Rows of a learned position table, in tokens. None: data.context, or data.source_context if that is more."""
     rotary_base: float | tuple[float, ...] = 10_000.0
     """Base wavelength of rotary positions, in tokens; several repeat over the layers."""
     rotary_factor: float | tuple[float, ...] = 1.0
@@ -71,6 +77,10 @@ class ModelConfig:
     """llama3: wavelengths below rotary_original_positions over this are kept."""
     rotary_original_positions: int = 8192
     """llama3: tokens of context that the model was first trained on."""
+    relative_buckets: int = 32
+    """relative: how many numbers a head has, for single distances and ever longer ranges of them."""
+    relative_max_distance: int = 128
+    """relative: from this many tokens on all distances share one number."""
     window: int | None | tuple[int | None, ...] = None
     """Sliding window: a token sees this many, itself and those just before it. Several repeat over the layers. None:
     all."""
@@ -82,6 +92,11 @@ class ModelConfig:
     """RMS-normalise every query and key head."""
     tie_embeddings: bool = True
     """Use the embedding table as the output head."""
+    share_embeddings: bool = True
+    """encoder_decoder: encoder and decoder use one embedding table. False: source_tokenizer may differ from
+    tokenizer."""
+    logit_scale: float | None = None
+    """Factor on what the head reads. None: off."""
     bias: bool = False
     """Biases in the linear layers and in LayerNorm."""
     qkv_bias: bool | None = None
@@ -97,13 +112,19 @@ class ModelConfig:
     logit_softcap: float | None = None
     """Bound logits to (-c, c) by c tanh(x / c). None: off."""
     initializer: Literal["normal", "torch"] = "normal"
-    """normal: N(0, init_std), block outputs scaled by 1/sqrt(2 num_layers). torch: PyTorch's own layer defaults."""
+    """normal: N(0, init_std), outputs of blocks scaled by one over the root of their number in the stack. torch:
+    PyTorch's own layer defaults."""
     init_std: float = 0.02
     """Standard deviation of the normal initializer."""
     zero_init_outputs: bool = False
     """Draw the output projections of attention and feed-forward blocks as zeros: each block begins as the identity."""
     vocab_size: int | None = None
     """Tokens in the vocabulary. None: as many as the tokenizer has."""
+    source_vocab_size: int | None = None
+    """encoder_decoder without share_embeddings: tokens in the vocabulary of sources. None: as many as their tokenizer
+    has."""
+    start_id: int | None = None
+    """encoder_decoder: the id that a target follows. None: the tokenizer's BOS, else its EOS."""
     vocab_multiple: int = 64
     """Vocabulary tables are padded up to a multiple of this; padded logits are -inf."""
     compute_dtype: Literal["float32", "bfloat16", "tensorfloat32"] = "float32"
@@ -116,6 +137,28 @@ class ModelConfig:
     """Run the stack by lax.scan (constant compile time) instead of unrolled (faster on CPU)."""
     remat: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
+
+    @property
+    def has_encoder(self) -> bool:
+        return self.family == "encoder_decoder"
+
+    @property
+    def source_layers(self) -> int:
+        """Layers in the encoder."""
+        return self.num_layers if self.encoder_layers is None else self.encoder_layers
+
+    @property
+    def encoder(self) -> ModelConfig:
+        """The encoder's stack as a config of its own, resolved if this one is."""
+        vocab_size = self.vocab_size if self.share_embeddings else self.source_vocab_size
+        return dataclasses.replace(
+            self, family="decoder", num_layers=self.source_layers, encoder_layers=None, vocab_size=vocab_size
+        )
+
+    @property
+    def padded_source_vocabulary(self) -> int:
+        """Rows of the encoder's own vocabulary table, where there is one."""
+        return self.encoder.padded_vocabulary
 
     @property
     def kv_heads(self) -> int:
@@ -187,6 +230,19 @@ class TokenizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SourceTokenizerConfig:
+    """How sources become token ids, where an encoder has an embedding table of its own (model.share_embeddings False).
+    The fields are those of the tokenizer section."""
+
+    kind: Literal["shared", "bytes", "bpe", "file"] = "shared"
+    """shared: by the same tokenizer as targets. bpe: a BPE trained on the sources of data.train."""
+    path: str | None = None
+    """Of kind "file": as tokenizer.path."""
+    vocab_size: int = 4096
+    """Tokens in a trained BPE, special tokens included."""
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where the text comes from and how it is cut into rows."""
 
@@ -196,7 +252,15 @@ class DataConfig:
     """Source of the validation text; several as NAME=SOURCE each, the first chooses the best checkpoint. None: the
     dataset's own validation or test split, else a tenth of train."""
     context: int = 256
-    """Row length, in tokens."""
+    """Row length, in tokens; of an encoder_decoder that of targets."""
+    source_context: int | None = None
+    """encoder_decoder: row length of sources, in tokens. None: context."""
+    long_pairs: Literal["truncate", "drop"] = "truncate"
+    """encoder_decoder: what becomes of pairs with a side longer than its row. truncate: cut to the row's length. drop:
+    left out. Either is counted."""
+    max_length_ratio: float | None = None
+    """encoder_decoder: leave out pairs whose longer side has more than this many times the tokens of the other. None:
+    off."""
     document_separator: str | None = None
     """Splits each text file into documents. None: one document a file."""
     pair_separator: str = "\n"
@@ -210,6 +274,11 @@ class DataConfig:
     """Threads that make batches ahead of time. Changes no batch."""
     tokenizer_processes: int | None = None
     """Processes that tokenise. None: as many as there are cores. Changes no token."""
+
+    @property
+    def source_length(self) -> int:
+        """Row length of sources."""
+        return self.context if self.source_context is None else self.source_context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,6 +343,9 @@ class TrainingConfig:
     ema_decay: float | None = None
     """Average the weights over steps with this decay; the averaged ones are evaluated and read, training goes on from
     the raw ones. None: off."""
+    label_smoothing: float | None = None
+    """What is minimised takes this much of the probability from the target and spreads it over the whole vocabulary;
+    what is reported doesn't. None: off."""
     z_loss: float | None = None
     """Factor of log² Z, Z = sum of exp(logits), in what is minimised (PaLM: 1e-4); it keeps the logits from drifting.
     None: off."""
@@ -307,6 +379,19 @@ class EvaluationConfig:
     """Longest input the model sees, in tokens. None: data.context."""
     stride: int | None = None
     """New tokens that each window scores. None: the window."""
+    task: Literal["translation", "summarization"] | None = None
+    """On pairs: write the second sides of some validation pairs from their first, and score them by BLEU and chrF
+    (translation) or ROUGE (summarization). None: off."""
+    task_every_steps: int | None = None
+    """Do so every N steps. None: at the end only."""
+    task_documents: int = 200
+    """Pairs to do it for in the loop, the first by hash of their id. The final one takes all."""
+    task_max_tokens: int = 128
+    """New tokens at most for each."""
+    task_beams: int = 1
+    """Beams of the search; 1 is greedy."""
+    best: Literal["nats", "task"] = "nats"
+    """What the best checkpoint is chosen by: nats a token, or the task's BLEU or ROUGE-L."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,6 +436,7 @@ class RunConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    source_tokenizer: SourceTokenizerConfig = field(default_factory=SourceTokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -362,18 +448,37 @@ class RunConfig:
     """A model to go on from: its weights, its tokenizer, and its model section but for what `RUNTIME` names. None: new
     weights."""
 
-    def resolve(self, vocab_size: int) -> RunConfig:
-        """Fills what the tokenizer and the context decide, so that the model can be built from the config alone.
+    def resolve(self, vocab_size: int, source_vocab_size: int | None = None, first_id: int | None = None) -> RunConfig:
+        """Fills what the tokenizers and the context decide, so that the model can be built from the config alone.
 
         A model may have more tokens than its tokenizer, as many published ones do; not fewer.
+
+        Args:
+          source_vocab_size: of the sources' own tokenizer; None: it is the same.
+          first_id: what the tokenizer begins texts with.
         """
-        rows, tokens = self.model.max_positions or self.data.context, self.model.vocab_size or vocab_size
-        if tokens < vocab_size and self.init_from is None:  # a published tokenizer may name tokens without a row
+        data, model = self.data, self.model
+        filled: dict[str, Any] = {"max_positions": model.max_positions or data.context}
+        tokens = [("vocab_size", "tokenizer", vocab_size)]
+        if model.has_encoder:
+            filled["max_positions"] = model.max_positions or max(data.context, data.source_length)
+            filled["start_id"] = first_id if model.start_id is None else model.start_id
+            if not model.share_embeddings:
+                tokens.append(("source_vocab_size", "source_tokenizer", source_vocab_size or vocab_size))
+        for name, section, size in tokens:
+            filled[name] = getattr(model, name) or size
+            if filled[name] < size and self.init_from is None:  # a published tokenizer may name tokens without a row
+                raise InputError(
+                    f"model.{name} is {filled[name]} but the {section} has {size} tokens: "
+                    f"leave model.{name} at None, or use the {section} it was set for"
+                )
+        start_id = filled.get("start_id")
+        if start_id is not None and start_id >= filled["vocab_size"]:
             raise InputError(
-                f"model.vocab_size is {tokens} but the tokenizer has {vocab_size} tokens: "
-                "leave model.vocab_size at None, or use the tokenizer it was set for"
+                f"model.start_id is {start_id}, but the vocabulary has {filled['vocab_size']} tokens: leave it at "
+                "None, or set one of their ids"
             )
-        return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab_size=tokens, max_positions=rows))
+        return dataclasses.replace(self, model=dataclasses.replace(model, **filled))
 
     def going_on_from(self, model: ModelConfig) -> RunConfig:
         """This config with the model and the tokenizer of `init_from`, whose model section is given."""

@@ -133,8 +133,9 @@ def forecast(cfg: RunConfig, devices: int, name: str, accelerator: Accelerator, 
     memory, context = compiled.memory_analysis(), cfg.data.context
     assert memory is not None
     tokens = cfg.training.batch_size * context
-    model_flops = flops_per_token(cfg.model, context) * tokens
-    again = recomputed_flops_per_token(cfg.model, context) * tokens
+    lengths = context, cfg.data.source_length
+    model_flops = flops_per_token(cfg.model, *lengths) * tokens
+    again = recomputed_flops_per_token(cfg.model, *lengths) * tokens
     return Forecast(
         device=name,
         devices=mesh.size,

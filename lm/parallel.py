@@ -42,6 +42,8 @@ RULES: Rules = {
     "kv_heads": ("tensor",),
     "head": (),
     "qkv": (),
+    "kv": (),
+    "buckets": (),
     "mlp": ("tensor",),
     "norm": (),
 }
@@ -53,6 +55,7 @@ FIXED = {
 TOGETHER = (
     ("batch", "length", "width"),
     ("batch", "length", "kv_heads", "qkv"),
+    ("batch", "length", "kv_heads", "kv"),
     ("batch", "length", "heads", "head"),
     ("batch", "length", "mlp"),
     ("batch", "length", "vocab"),

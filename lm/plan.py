@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm.checkpoint import Loaded
-from lm.config import InputError, ModelConfig, ParallelConfig, RunConfig
+from lm.config import InputError, ModelConfig, ParallelConfig, RunConfig, SourceTokenizerConfig, TokenizerConfig
 from lm.costs.liveness import Peak, peak
 from lm.data import tokenizer as tokenizers
 from lm.data.pipeline import Batch
@@ -27,9 +27,10 @@ from lm.nn.attention_backend import Site, choose
 from lm.nn.language_model import model_specs
 from lm.nn.matmul import numerics
 from lm.nn.params import count, is_spec
+from lm.nn.source import Source
 from lm.parallel import MESH_AXES, RULES, batch_shards, check_batch, replicated, rules_of
 from lm.sharded_attention import bound
-from lm.training.flops import flops_per_token
+from lm.training.flops import attention_flops_per_token, flops_per_token
 from lm.training.lowering import optimizer_on
 from lm.training.state import TrainState, abstract_state
 from lm.training.step import train_step
@@ -38,7 +39,8 @@ from lm.validation import validate
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All in numbers of things, bytes or FLOPs; `*_bytes` are of one device.
+    """All in numbers of things, bytes or FLOPs; `*_bytes` are of one device. With an encoder, tokens are those of
+    targets; without one its numbers are 0.
 
     The state and the batch are there all the time. The others are what the step holds besides at its fullest moment:
     gradients_bytes, of parameters, of a stack or of a layer; activations_bytes, and what is made of them on the way;
@@ -52,7 +54,10 @@ class Plan:
     layers: int
     flops_per_token: float
     attention_flops_per_token: float
+    encoder_layer_parameters: int
+    encoder_layers: int
     context: int
+    source_context: int
     batch_tokens: int
     mesh: dict[str, int]
     rows_per_device: int
@@ -98,11 +103,17 @@ def resolved(config: RunConfig, load: Callable[[str], Loaded]) -> RunConfig:
     if config.init_from is not None:
         initial = load(config.init_from)
         config = validate(config.going_on_from(initial.config.model))
-        return config.resolve(initial.config.model.vocabulary)
+        return config.resolve(initial.config.model.vocabulary, initial.config.model.source_vocab_size)
     validate(config)
-    if config.tokenizer.kind == "bpe":
-        return config.resolve(config.tokenizer.vocab_size)
-    return config.resolve(tokenizers.build(config.tokenizer, []).vocab_size)
+    own = config.source_tokenizer if config.model.has_encoder and config.source_tokenizer.kind != "shared" else None
+    return config.resolve(_vocab_size(config.tokenizer), None if own is None else _vocab_size(own))
+
+
+def _vocab_size(tokenizer: TokenizerConfig | SourceTokenizerConfig) -> int:
+    if tokenizer.kind == "bpe":
+        return tokenizer.vocab_size
+    assert tokenizer.kind != "shared"
+    return tokenizers.build(TokenizerConfig(tokenizer.kind, tokenizer.path), []).vocab_size
 
 
 def plan(cfg: RunConfig, devices: int, platform: str = "cpu") -> Plan:
@@ -115,15 +126,19 @@ def plan(cfg: RunConfig, devices: int, platform: str = "cpu") -> Plan:
     specs = model_specs(cfg.model)
     state = abstract_state(cfg, optimizer_on(cfg, mesh), mesh)
     moment, batch = fullest(cfg, mesh, platform, state)
-    whole = flops_per_token(cfg.model, cfg.data.context)
+    lengths = cfg.data.context, cfg.data.source_length
+    encoder = specs.get("encoder", {})
     return Plan(
         parameters=count(specs),
-        embedding_parameters=count(specs["embed"]),
+        embedding_parameters=count(specs["embed"]) + count(encoder.get("embed", {})),
         layer_parameters=count(specs["layers"]) // cfg.model.num_layers,
         layers=cfg.model.num_layers,
-        flops_per_token=whole,
-        attention_flops_per_token=whole - flops_per_token(cfg.model, 0),
+        flops_per_token=flops_per_token(cfg.model, *lengths),
+        attention_flops_per_token=attention_flops_per_token(cfg.model, *lengths),
+        encoder_layer_parameters=count(encoder["layers"]) // cfg.model.source_layers if encoder else 0,
+        encoder_layers=cfg.model.source_layers if encoder else 0,
         context=cfg.data.context,
+        source_context=cfg.data.source_length if encoder else 0,
         batch_tokens=cfg.training.batch_size * cfg.data.context,
         mesh=dict(mesh.shape),
         rows_per_device=cfg.training.batch_size // batch_shards(mesh) // cfg.training.gradient_accumulation,
@@ -210,16 +225,22 @@ def gradient_shapes(specs: Any, params: Any) -> set[tuple[int, ...]]:
 
 def abstract_batch(cfg: RunConfig, mesh: Mesh) -> Batch:
     """The shapes of a global batch, split over a mesh by rows."""
-    shape, rows = (cfg.training.batch_size, cfg.data.context), NamedSharding(mesh, PartitionSpec(RULES["batch"]))
-    ids, weights = (jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in (jnp.int32, jnp.float32))
-    return cast(Batch, Batch(*(weights if name == "weights_BT" else ids for name in Batch._fields)))
+    rows = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+    def one(length: int, dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((cfg.training.batch_size, length), dtype, sharding=rows)
+
+    ids, weights = one(cfg.data.context, jnp.int32), one(cfg.data.context, jnp.float32)
+    source = Source(*[one(cfg.data.source_length, jnp.int32)] * 3) if cfg.model.has_encoder else None
+    return Batch(ids, ids, weights, ids, ids, source)
 
 
 def attention(cfg: RunConfig, platform: str) -> str:
     """The back end that computes attention on a platform, or one that can be traced anywhere and holds as much."""
     capability = (9, 0) if platform == "gpu" else None
     dropout = cfg.model.dropout > 0
-    site = Site(platform, capability, cfg.data.context, segments=True, dropout=dropout, training=True)
+    source_length = cfg.data.source_length if cfg.model.has_encoder else None
+    site = Site(platform, capability, cfg.data.context, True, dropout, training=True, source_length=source_length)
     named = cfg.model.attention
     name = choose(cfg.model, site).name if named == "auto" else named
     return "blockwise" if name == "cudnn" else name
@@ -227,6 +248,7 @@ def attention(cfg: RunConfig, platform: str) -> str:
 
 def _one_part(cfg: ModelConfig, tensor: int) -> ModelConfig:
     """The model that one of `tensor` devices computes: its heads, its hidden units, its part of the vocabulary."""
+    own = cfg.padded_source_vocabulary if cfg.has_encoder and not cfg.share_embeddings else None
     return dataclasses.replace(
         cfg,
         num_heads=cfg.num_heads // tensor,
@@ -234,6 +256,7 @@ def _one_part(cfg: ModelConfig, tensor: int) -> ModelConfig:
         head_dim=cfg.head_width,
         d_ff=cfg.ff_width // tensor,
         vocab_size=cfg.padded_vocabulary // tensor,
+        source_vocab_size=None if own is None else own // tensor,
         vocab_multiple=1,
     )
 
@@ -244,9 +267,13 @@ def lines(name: str, found: Plan) -> list[str]:
     flops = f"6 x {matrices:,.0f} + {found.attention_flops_per_token:,.0f}"
     split = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
     rows = f"{found.rows_per_device:,} rows of {found.context:,} tokens at once on each"
+    layers = f"{found.layer_parameters:,} in each of {found.layers} layers"
+    if found.encoder_layers:
+        layers += f", {found.encoder_layer_parameters:,} in each of the encoder's {found.encoder_layers}"
+        rows += f", with sources of {found.source_context:,}"
     return [
         f"plan       {name}: {found.parameters:,} parameters, {found.embedding_parameters:,} in embedding tables",
-        f"           and {found.layer_parameters:,} in each of {found.layers} layers",
+        f"           and {layers}",
         f"flops      {found.flops_per_token:,.0f} a token to train on = {flops}",
         "           (6 N + 12 x heads x head width x context, over the layers: PaLM, arXiv:2204.02311, appendix B)",
         f"           {found.flops_per_token * found.batch_tokens:.3g} a step of {found.batch_tokens:,} tokens",

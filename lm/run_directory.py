@@ -6,18 +6,42 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from lm.config import InputError, RunConfig
+from lm.config import EvaluationConfig, InputError, RunConfig
 from lm.manifest import MANIFEST, read_manifest
 
 BEST = "eval/nats_per_token"
-"""The metric that decides which checkpoint is the best: the lowest."""
+"""The metric that decides which checkpoint is the best, the lowest, where `evaluation.best` doesn't say otherwise."""
+TASK_METRICS = {"translation": "eval/bleu", "summarization": "eval/rougeL"}
+"""The metric of each task that decides it where `evaluation.best` says so: the highest."""
 
 CHECKPOINTS, CONFIG = "checkpoints", "config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 """What the tokenizer's file is called: one of these, by its format."""
+SOURCE = "source_"
+"""What the name of the file of an encoder's own tokenizer begins with; the rest is one of TOKENIZERS."""
+
+
+class Criterion(NamedTuple):
+    """What the best checkpoint is chosen by."""
+
+    metric: str
+    highest: bool
+
+    def cost(self, metrics: Mapping[str, float]) -> float:
+        """Lower is better; NaN where the metric is missing."""
+        value = metrics.get(self.metric, math.nan)
+        return -value if self.highest else value
+
+
+def criterion(evaluation: EvaluationConfig) -> Criterion:
+    """What a run chooses its best checkpoint by."""
+    if evaluation.best == "task" and evaluation.task is not None:
+        return Criterion(TASK_METRICS[evaluation.task], True)
+    return Criterion(BEST, False)
 
 
 @contextlib.contextmanager
@@ -60,9 +84,10 @@ def latest_step(run: str | Path) -> int | None:
 
 
 def best_step(run: str | Path) -> int | None:
-    """The step with the lowest validation loss, the first of equals; None where no checkpoint has one."""
-    losses = {step: read_manifest(step_path(run, step)).metrics.get(BEST, math.nan) for step in steps(run)}
-    return min((step for step in losses if math.isfinite(losses[step])), key=lambda step: losses[step], default=None)
+    """The step that is best by what the run's config says, the first of equals; None where no checkpoint has that."""
+    by = _criterion(run)
+    costs = {step: by.cost(read_manifest(step_path(run, step)).metrics) for step in steps(run)}
+    return min((step for step in costs if math.isfinite(costs[step])), key=lambda step: costs[step], default=None)
 
 
 def locate(path: str | Path, step: str | int = "latest") -> Path:
@@ -90,7 +115,7 @@ def locate(path: str | Path, step: str | int = "latest") -> Path:
         best = best_step(path)
         if best is None:
             raise InputError(
-                f"no checkpoint of {path} has a validation loss ({BEST}), so none is the best: "
+                f"no checkpoint of {path} has been evaluated ({_criterion(path).metric}), so none is the best: "
                 f"use latest or one of the steps {listed(present)}"
             )
         return step_path(path, best)
@@ -127,6 +152,11 @@ def listed(values: Sequence[object]) -> str:
     """The first dozen of some values, for a message."""
     shown = ", ".join(map(str, values[:12])) or "nothing"
     return f"{shown} and {len(values) - 12} more" if len(values) > 12 else shown
+
+
+def _criterion(run: str | Path) -> Criterion:
+    there = (Path(run) / CONFIG).is_file()
+    return criterion(read_config(run).evaluation if there else EvaluationConfig())
 
 
 def _what_is_there(path: Path) -> str:

@@ -13,7 +13,7 @@ from lm.data.sources.token_files import TokenFiles
 from lm.data.tokenizer import Tokenizer
 from lm.evaluation.perplexity import check_eos, check_window
 from lm.manifest import MANIFEST, read_manifest
-from lm.training.texts import Progress, store_of, validation_key, validation_of
+from lm.training.texts import Progress, Tokenizers, separator_of, tokens_of, validation_key, validation_of
 
 
 class ScoredText(NamedTuple):
@@ -32,7 +32,7 @@ def open_text(run: Loaded, data: str | None, progress: Progress | None = None) -
     given = config.data.validation
     written = [given] if isinstance(given, str) else given or ()
     if data is not None and data not in {parse_named(source)[0] for source in written} - {""}:
-        separators = (config.data.document_separator, config.data.pair_separator)
+        separators = (config.data.document_separator, separator_of(config))
         text = open_corpus(data, document_separator=separators[0], pair_separator=separators[1])
         return ScoredText(text, config.data.prompt_loss)
     provenance = read_manifest(run.path).provenance if (run.path / MANIFEST).is_file() else {}
@@ -41,7 +41,7 @@ def open_text(run: Loaded, data: str | None, progress: Progress | None = None) -
     if then is None:
         raise InputError(f"{run.path} was not trained here, so it has no validation text: name a text with --data")
     text = validation_of(config)[name]
-    now = store_of(text, tokenizer_of(run), config, progress).corpus_sha256
+    now = tokens_of(text, Tokenizers(tokenizer_of(run), run.source_tokenizer), config, progress).corpus_sha256
     if now != then:
         raise InputError(
             f"the validation text of {run.path} is not what it was when the run was trained (sha256 {now[:12]} now, "
@@ -65,13 +65,31 @@ def window_and_stride(run: Loaded, window: int | None, stride: int | None) -> tu
     return window, stride
 
 
+def check_protocol(run: Loaded, window: int | None, stride: int | None, score_eos: bool) -> None:
+    """Raises InputError where a model can't be scored in this way."""
+    if not run.config.model.has_encoder:
+        window_and_stride(run, window, stride)
+        check_eos(tokenizer_of(run), score_eos)
+    elif window is not None or stride is not None or score_eos:
+        raise InputError(
+            f"{run.path} is an encoder_decoder, which scores every target whole, EOS included: leave window, stride "
+            "and score_eos out"
+        )
+
+
 def check_together(
     runs: Sequence[Loaded], text: ScoredText | None, *, window: int | None, stride: int | None, score_eos: bool
 ) -> None:
     """Raises InputError, before any of them is scored, where one of the models can't be on this text in this way."""
     for run in runs:
-        window_and_stride(run, window, stride)
-        check_eos(tokenizer_of(run), score_eos)
+        check_protocol(run, window, stride, score_eos)
+    families = {run.config.model.family: run.path for run in runs}
+    if len(families) > 1:
+        decoder, pairs = families["decoder"], families["encoder_decoder"]
+        raise InputError(
+            f"{pairs} scores targets given their sources, and {decoder} texts: compare models of one family, or run "
+            "eval.py on each"
+        )
     others = [run.path for run in runs if tokenizer_of(run).sha256 != tokenizer_of(runs[0]).sha256]
     if text is not None and isinstance(text.text, TokenFiles) and others:
         raise InputError(

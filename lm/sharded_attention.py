@@ -16,8 +16,9 @@ from lm.parallel import RULES, Rules
 Array = jax.Array
 
 
-def choice(cfg: ModelConfig, mesh: Mesh, *, length: int, training: bool) -> Choice:
-    """Which back end computes packed rows of `length` tokens. Raises InputError if the one that is named can't."""
+def choice(cfg: ModelConfig, mesh: Mesh, *, length: int, training: bool, source_length: int | None = None) -> Choice:
+    """Which back end computes packed rows of `length` tokens, and with an encoder those of `source_length` (None:
+    `length`) of sources. Raises InputError if the one that is named can't."""
     device = mesh.devices.flat[0]
     site = Site(
         device.platform,
@@ -26,6 +27,7 @@ def choice(cfg: ModelConfig, mesh: Mesh, *, length: int, training: bool) -> Choi
         segments=True,
         dropout=training and cfg.dropout > 0,
         training=training,
+        source_length=(source_length or length) if cfg.has_encoder else None,
     )
     return choose(cfg, site)
 
@@ -36,11 +38,13 @@ def attend_on(
     *,
     length: int,
     training: bool,
+    source_length: int | None = None,
     manual: frozenset[str] = frozenset(),
     rules: Rules = RULES,
 ) -> Attend:
     """The back end of `choice`, on this mesh."""
-    return bound(choice(cfg, mesh, length=length, training=training).name, mesh, manual=manual, rules=rules)
+    chosen = choice(cfg, mesh, length=length, training=training, source_length=source_length)
+    return bound(chosen.name, mesh, manual=manual, rules=rules)
 
 
 def bound(name: str, mesh: Mesh, *, manual: frozenset[str] = frozenset(), rules: Rules = RULES, **more: Any) -> Attend:

@@ -14,6 +14,7 @@ from lm.config import (
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
+    SourceTokenizerConfig,
     TrainingConfig,
 )
 from lm.differences import flat
@@ -30,7 +31,9 @@ def validate(config: RunConfig) -> RunConfig:
     check_types(config)
     _check_ranges(config)
     _check_model(config.model, config.data)
+    _check_family(config)
     _check_rotary(config.model)
+    _check_relative(config.model)
     _check_training(config.training)
     _check_parallel(config.parallel)
     _check_optimizer(config.optimizer, config.model.tie_embeddings)
@@ -53,6 +56,8 @@ _AT_LEAST_ZERO = {
     "optimizer.vector_factor",
     "training.max_skipped_steps",
     "model.init_std",
+    "model.start_id",
+    "training.label_smoothing",
 }
 _BELOW_ONE = {
     "model.dropout",
@@ -60,6 +65,7 @@ _BELOW_ONE = {
     "optimizer.beta2",
     "optimizer.momentum",
     "training.ema_decay",
+    "training.label_smoothing",
 }
 
 
@@ -102,11 +108,108 @@ def _check_model(model: ModelConfig, data: DataConfig) -> None:
         raise InputError("model.window is empty: give the windows that repeat over the layers, or None")
     if model.positions == "sinusoidal" and model.d_model % 2:
         raise InputError(f"sinusoidal positions come in pairs, but model.d_model is {model.d_model}: use an even width")
-    if model.positions == "learned" and model.max_positions is not None and model.max_positions < data.context:
+    rows = {"context": data.context, **({"source_context": data.source_length} if model.has_encoder else {})}
+    for name, length in rows.items():
+        if model.positions == "learned" and model.max_positions is not None and model.max_positions < length:
+            raise InputError(
+                f"model.max_positions {model.max_positions} is less than data.{name} {length}: "
+                "every position of a row needs its own"
+            )
+
+
+def _check_family(config: RunConfig) -> None:
+    """What only an encoder's family reads, and what it can't."""
+    model, data = config.model, config.data
+    if not model.has_encoder:
+        for name, default in _OF_PAIRS.items():
+            section, _, field = name.partition(".")
+            value = getattr(getattr(config, section), field)
+            if value != default:
+                raise InputError(
+                    f"{name} is {value!r}, but a model of family {model.family!r} has no encoder: leave it at "
+                    f"{default!r}, or set model.family to 'encoder_decoder'"
+                )
+        return
+    if data.packing == "split":
         raise InputError(
-            f"model.max_positions {model.max_positions} is less than data.context {data.context}: "
-            "every position of a row needs its own"
+            "data.packing is 'split', which cuts a text at row ends, and a pair stays whole: set it to 'best_fit', "
+            "which packs pairs into rows, or 'padded', a row each"
         )
+    if data.prompt_loss:
+        raise InputError(
+            "data.prompt_loss is True, but an encoder_decoder's prompts are what its encoder reads, and none of it is "
+            "predicted: set it to False"
+        )
+    if data.max_length_ratio is not None and data.max_length_ratio < 1:
+        raise InputError(
+            f"data.max_length_ratio is {data.max_length_ratio}, and a pair's longer side has at least 1 times the "
+            "tokens of the other: set it to 1 or more, or to None"
+        )
+    for field in ("window", "stride"):
+        if getattr(config.evaluation, field) is not None:
+            raise InputError(
+                f"evaluation.{field} is {getattr(config.evaluation, field)}, but pairs are scored whole, in rows of "
+                "data.source_context and data.context: set it to None"
+            )
+    own = config.source_tokenizer
+    if model.share_embeddings and own.kind != "shared":
+        raise InputError(
+            f"source_tokenizer.kind is {own.kind!r}, but model.share_embeddings is True, and one table has one "
+            "vocabulary: set it to False, or the kind to 'shared'"
+        )
+    if model.share_embeddings and model.source_vocab_size is not None:
+        raise InputError(
+            f"model.source_vocab_size is {model.source_vocab_size}, but model.share_embeddings is True, and one table "
+            "has one vocabulary: set it to False, or leave the size at None"
+        )
+    if (own.kind == "file") != (own.path is not None):
+        raise InputError(
+            f"source_tokenizer.kind is {own.kind!r} and source_tokenizer.path is {own.path!r}: "
+            "kind 'file' needs a path, and only it has one"
+        )
+    if own.kind == "bpe" and own.vocab_size < 258:
+        raise InputError(
+            f"source_tokenizer.vocab_size is {own.vocab_size}: "
+            "a byte-level BPE needs at least 258 (256 bytes, BOS and EOS)"
+        )
+
+
+_OF_PAIRS: dict[str, Any] = {
+    f"{section}.{field.name}": field.default
+    for section, of, names in (
+        ("model", ModelConfig, ("encoder_layers", "share_embeddings", "source_vocab_size", "start_id")),
+        ("data", DataConfig, ("source_context", "long_pairs", "max_length_ratio")),
+        ("source_tokenizer", SourceTokenizerConfig, ("kind", "path", "vocab_size")),
+    )
+    for field in dataclasses.fields(of)
+    if field.name in names
+}
+
+
+def _check_relative(model: ModelConfig) -> None:
+    for name in ("relative_buckets", "relative_max_distance"):
+        value, default = getattr(model, name), getattr(_MODEL, name)
+        if value != default and model.positions != "relative":
+            raise InputError(
+                f"model.{name} is {value}, but model.positions is {model.positions!r}: leave it at {default}, or set "
+                "model.positions to 'relative'"
+            )
+    if model.positions != "relative":
+        return
+    if model.relative_buckets < 4:
+        raise InputError(
+            f"model.relative_buckets is {model.relative_buckets}: it must be at least 4, for both directions, near "
+            "and far"
+        )
+    if model.relative_max_distance <= model.relative_buckets // 2:
+        raise InputError(
+            f"model.relative_max_distance {model.relative_max_distance} is not more than the "
+            f"{model.relative_buckets // 2} distances that half of model.relative_buckets {model.relative_buckets} "
+            "have one each: set more distance, or fewer buckets"
+        )
+
+
+_MODEL = ModelConfig()
 
 
 def _check_rotary(model: ModelConfig) -> None:
@@ -219,6 +322,21 @@ def _check_evaluation(config: RunConfig) -> None:
         raise InputError(
             f"evaluation.stride {stride} is more than evaluation.window {window}: "
             "tokens between windows would not be scored"
+        )
+    if config.evaluation.task is None and config.evaluation.task_every_steps is not None:
+        raise InputError(
+            f"evaluation.task_every_steps is {config.evaluation.task_every_steps}, but evaluation.task is None: set it "
+            "to 'translation' or 'summarization', or task_every_steps to None"
+        )
+    if config.evaluation.task is None and config.evaluation.best == "task":
+        raise InputError(
+            "evaluation.best is 'task', but evaluation.task is None: set it to 'translation' or 'summarization', or "
+            "best to 'nats'"
+        )
+    if config.evaluation.best == "task" and config.evaluation.task_every_steps is None:
+        raise InputError(
+            "evaluation.best is 'task', but evaluation.task_every_steps is None, so nothing would be chosen by it: set "
+            "it to a number of steps, or best to 'nats'"
         )
     rows = config.model.max_positions or config.data.context
     if config.model.positions == "learned" and window > rows:

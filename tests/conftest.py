@@ -38,6 +38,28 @@ SHAPES = {
     ),
     "bare": ModelConfig(num_layers=2, d_model=32, num_heads=2, activation="gelu", positions="none", vocab_multiple=1),
 }  # fmt: skip
+# Encoder–decoders, one for each kind of positions, and the norms, heads and tables that go with them.
+PAIR_SHAPES = {
+    "transformer": ModelConfig(
+        family="encoder_decoder", num_layers=2, encoder_layers=3, d_model=32, num_heads=4, norm_position="post",
+        activation="relu", positions="sinusoidal", bias=True, embedding_scale=True, initializer="torch",
+    ),
+    "t5": ModelConfig(
+        family="encoder_decoder", num_layers=2, d_model=32, num_heads=4, head_dim=6, norm="rmsnorm", activation="geglu",
+        d_ff=48, positions="relative", relative_buckets=8, relative_max_distance=12, attention_scale=1.0,
+        logit_scale=0.5, hidden_dropout=True, vocab_multiple=8,
+    ),
+    "bart": ModelConfig(
+        family="encoder_decoder", num_layers=3, encoder_layers=2, d_model=32, num_heads=2, bias=True, head_bias=True,
+        share_embeddings=False, source_vocab_size=47, vocab_multiple=8,
+    ),
+    "grouped": ModelConfig(
+        family="encoder_decoder", num_layers=3, d_model=32, num_heads=4, num_kv_heads=2, head_dim=10, norm="rmsnorm",
+        norm_position="both", norm_offset=True, activation="swiglu", d_ff=48, positions="rotary",
+        rotary_base=(100.0, 10_000.0), window=(3, None), attention_softcap=2.0, qk_norm=True, qkv_bias=True,
+        tie_embeddings=False, share_embeddings=False, source_vocab_size=47, vocab_multiple=8,
+    ),
+}  # fmt: skip
 VOCABULARY = 61
 
 
@@ -53,9 +75,15 @@ def model(request) -> ModelConfig:
     return resolved(SHAPES[request.param])
 
 
+@pytest.fixture(params=sorted(PAIR_SHAPES))
+def pair_model(request) -> ModelConfig:
+    """The same of the encoder–decoders."""
+    return resolved(PAIR_SHAPES[request.param])
+
+
 def resolved(model: ModelConfig) -> ModelConfig:
-    """With a vocabulary of 61 and 32 positions: neither is a multiple of anything."""
-    return RunConfig(model=model).resolve(VOCABULARY).model
+    """With a vocabulary of 61 and 32 positions: neither is a multiple of anything. Sources have their own tokens."""
+    return RunConfig(model=model).resolve(VOCABULARY, model.source_vocab_size).model
 
 
 @pytest.fixture(scope="session")

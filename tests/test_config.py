@@ -100,6 +100,21 @@ def test_parameter_counts(name, vocabulary, parameters):
         ({"training": {"steps": None}}, ["exactly one", "training.steps"]),
         ({"training": {"seconds": 5.0}}, ["exactly one", "training.steps"]),
         ({"training": {"gradient_accumulation": 3}}, ["gradient_accumulation 3", "batch_size 16"]),
+        ({"training": {"label_smoothing": 1.0}}, ["training.label_smoothing is 1.0", "less than 1"]),
+        ({"training": {"label_smoothing": -0.1}}, ["training.label_smoothing is -0.1", "0 or more"]),
+        ({"model": {"relative_buckets": 8}}, ["relative_buckets is 8", "'learned'", "leave it at 32"]),
+        ({"model": {"positions": "relative", "relative_buckets": 2}}, ["relative_buckets is 2", "at least 4"]),
+        ({"model": {"positions": "relative", "relative_max_distance": 16}}, ["relative_max_distance 16", "32"]),
+        ({"model": {"positions": "relative", "rotary_base": 5.0}}, ["rotary_base is 5.0", "'relative'"]),
+        ({"model": {"positions": "relative", "attention": "blockwise"}}, ["'blockwise'", "'relative'", "'auto'"]),
+        ({"model": {"positions": "relative", "attention": "prefix"}}, ["'prefix'", "'relative'", "'auto'"]),
+        ({"model": {"encoder_layers": 2}}, ["model.encoder_layers is 2", "no encoder", "'encoder_decoder'"]),
+        ({"model": {"share_embeddings": False}}, ["model.share_embeddings is False", "no encoder"]),
+        ({"model": {"start_id": 0}}, ["model.start_id is 0", "no encoder"]),
+        ({"data": {"source_context": 32}}, ["data.source_context is 32", "no encoder"]),
+        ({"data": {"long_pairs": "drop"}}, ["data.long_pairs is 'drop'", "no encoder"]),
+        ({"data": {"max_length_ratio": 2.0}}, ["data.max_length_ratio is 2.0", "no encoder"]),
+        ({"source_tokenizer": {"kind": "bytes"}}, ["source_tokenizer.kind is 'bytes'", "no encoder"]),
         ({"evaluation": {"stride": 300}}, ["stride 300", "window 256"]),
         ({"evaluation": {"window": 512}}, ["window 512", "256 learned positions"]),
         ({"tokenizer": {"kind": "file"}}, ["tokenizer.path"]),
@@ -112,6 +127,45 @@ def test_mistakes_are_named_with_the_way_out(sections, told):
         validate(changed(**sections))
     for words in told:
         assert words in str(error.value)
+
+
+PAIRS = {"model": {"family": "encoder_decoder"}, "data": {"packing": "best_fit"}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    [
+        ({"data": {"packing": "split"}}, ["data.packing is 'split'", "'best_fit'", "'padded'"]),
+        ({"data": {"prompt_loss": True}}, ["data.prompt_loss", "set it to False"]),
+        ({"data": {"max_length_ratio": 0.5}}, ["data.max_length_ratio is 0.5", "1 or more"]),
+        ({"data": {"source_context": 0}}, ["data.source_context is 0", "more than 0"]),
+        ({"data": {"source_context": 300}, "model": {"max_positions": 256}}, ["max_positions 256", "context 300"]),
+        ({"evaluation": {"window": 128}}, ["evaluation.window is 128", "scored whole", "None"]),
+        ({"source_tokenizer": {"kind": "bytes"}}, ["source_tokenizer.kind is 'bytes'", "share_embeddings is True"]),
+        ({"model": {"source_vocab_size": 99}}, ["source_vocab_size is 99", "share_embeddings is True"]),
+        ({"model": {"share_embeddings": False}, "source_tokenizer": {"kind": "file"}}, ["source_tokenizer.path"]),
+        ({"model": {"share_embeddings": False}, "source_tokenizer": {"kind": "bpe", "vocab_size": 9}}, ["258"]),
+        ({"model": {"encoder_layers": 0}}, ["model.encoder_layers is 0", "more than 0"]),
+        ({"model": {"start_id": -1}}, ["model.start_id is -1", "0 or more"]),
+    ],
+)  # fmt: skip
+def test_mistakes_with_pairs_are_named_with_the_way_out(sections, told):
+    both = {name: {**PAIRS.get(name, {}), **sections.get(name, {})} for name in {*PAIRS, *sections}}
+    validate(changed(**PAIRS))
+    with pytest.raises(InputError) as error:
+        validate(changed(**both))
+    for words in told:
+        assert words in str(error.value)
+
+
+def test_the_id_that_targets_begin_with_is_one_of_the_vocabulary():
+    config = validate(changed(**PAIRS))
+    assert config.resolve(258, first_id=256).model.start_id == 256
+    zero = changed(**{**PAIRS, "model": {"family": "encoder_decoder", "start_id": 0}})
+    assert zero.resolve(258, first_id=256).model.start_id == 0
+    beyond = changed(**{**PAIRS, "model": {"family": "encoder_decoder", "start_id": 258}})
+    with pytest.raises(InputError, match="model.start_id is 258, but the vocabulary has 258 tokens"):
+        beyond.resolve(258)
 
 
 PATTERNS = [

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
 
+import lm
+from lm import decoding
 from lm.config import InputError, ModelConfig, RunConfig
 from lm.data.tokenizer import ByteTokenizer, FileTokenizer
-from lm.generation import Sampling, _continuation, generate, generate_ids, pick
+from lm.generation import Sampling, Search, _continuation, generate, generate_ids, search_ids
 from lm.nn import language_model, params
 
 GREEDY = Sampling(0.0)
+STORIES = Path(__file__).parents[2] / "shared" / "data" / "stories260K"
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +35,10 @@ def tree(cfg):
 PROMPTS = [np.array(ids, np.int32) for ids in ([256], [256, 72, 105], [256, *range(97, 110)])]
 
 
-def run(tree, cfg, prompts, sampling=GREEDY, max_tokens=12, seed=0, end_id=None):
-    return generate_ids(tree, cfg, prompts, max_tokens=max_tokens, sampling=sampling, seed=seed, end_id=end_id)
+def run(tree, cfg, prompts, sampling=GREEDY, max_tokens=12, seed=0, end_id=None, **options):
+    return generate_ids(
+        tree, cfg, prompts, max_tokens=max_tokens, sampling=sampling, seed=seed, end_id=end_id, **options
+    )
 
 
 def by_whole_passes(tree, cfg, prompt, count):
@@ -82,35 +87,6 @@ def test_seed_decides(tree, cfg):
     assert not np.array_equal(one, other)
 
 
-LOGITS = np.array([2.0, 1.0, 0.5, 0.0, -1.0, -np.inf])
-
-
-@pytest.mark.parametrize(
-    ("sampling", "kept"),
-    [
-        (Sampling(1.0), 5), (Sampling(0.5), 5), (Sampling(1.7, top_k=2), 2), (Sampling(1.0, top_k=50), 5),
-        (Sampling(1.0, top_p=0.5), 1), (Sampling(1.0, top_p=0.8), 3), (Sampling(1.0, top_p=1.0), 5),
-        (Sampling(1.0, top_k=4, top_p=0.85), 3),
-    ],
-)  # fmt: skip
-def test_draws_follow_the_exact_distribution(sampling, kept):
-    """Chi-square of 20,000 draws against softmax(logits / temperature) cut to the kept tokens, at the 0.1 % level."""
-    draws = 20_000
-    keys = jax.random.split(jax.random.key(0), draws)
-    logits = jnp.tile(jnp.asarray(LOGITS, jnp.float32), (draws, 1))
-    tokens = jax.jit(lambda logits, k, t: pick(logits, k, t, sampling))(logits, keys, jnp.float32(sampling.temperature))
-    weights = np.exp(LOGITS / sampling.temperature) * (np.arange(6) < kept)
-    expected = draws * weights / weights.sum()
-    counts = np.bincount(tokens, minlength=6)
-    assert counts[kept:].sum() == 0
-    statistic = ((counts[:kept] - expected[:kept]) ** 2 / expected[:kept]).sum()
-    assert statistic < {1: 1e-9, 2: 10.83, 3: 13.82, 5: 18.47}[kept]
-
-
-def test_greedy_takes_the_best():
-    assert int(pick(jnp.asarray(LOGITS[None]), None, jnp.float32(0), GREEDY)[0]) == 0
-
-
 def test_text_in_text_out(tree, cfg):
     texts = generate(tree, cfg, ByteTokenizer(), ["", "héllo 👋"], max_tokens=5, sampling=Sampling(1.0), seed=0)
     assert len(texts) == 2 and all(isinstance(text, str) for text in texts)
@@ -120,8 +96,9 @@ def test_text_in_text_out(tree, cfg):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"sampling": Sampling(-1.0)}, "temperature"), ({"sampling": Sampling(float("nan"))}, "temperature"),
-        ({"sampling": Sampling(1.0, top_k=0)}, "top_k"), ({"sampling": Sampling(1.0, top_p=0.0)}, "top_p"),
+        ({"sampling": Sampling(-1.0)}, "temperature"), ({"stop_ids": [258]}, "stop id 258"), ({"seed": -1}, "seed"),
+        ({"seeds": [1]}, "1 seeds for 3"), ({"num_beams": 2, "sampling": Sampling(1.0)}, "draws nothing"),
+        ({"num_beams": 200}, "use 129 or fewer"), ({"num_beams": 0}, "num_beams is 0"),
         ({"max_tokens": 0}, "max_tokens"), ({"prompts": [np.array([], np.int32)]}, "empty prompt"),
     ],
 )  # fmt: skip
@@ -151,3 +128,58 @@ def test_a_continuation_keeps_the_space_between():
     tokenizer = FileTokenizer(library.to_str())
     assert tokenizer.decode([1]) == "upon"
     assert _continuation(tokenizer, np.array([0]), np.array([1, 1])) == " upon upon"
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason=f"needs the trained model at {STORIES}")
+def test_the_stories_model_writes_its_authors_text():
+    """Greedily from BOS; the beginning of what they print for it."""
+    loaded = lm.load(STORIES)
+    [text] = lm.generate(loaded, [""], temperature=0.0, max_tokens=60)
+    assert text.startswith(
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw "
+        "a big, red ball. She wanted to play with it, but it was too high"
+    )
+    assert "".join(lm.stream(loaded, "", temperature=0.0, max_tokens=60)) == text
+
+
+def test_a_text_ends_before_what_it_is_to_stop_at(tree, cfg):
+    how = {"max_tokens": 40, "sampling": Sampling(1.3), "seed": 4}
+    free = generate(tree, cfg, ByteTokenizer(), ["a", "bc", "def"], **how)
+    stop = [free[0][20], free[1][30]]
+    stopped = generate(tree, cfg, ByteTokenizer(), ["a", "bc", "def"], **how, stop=stop)
+    for whole, text in zip(free, stopped, strict=True):
+        assert text == whole[: min([whole.index(each) for each in stop if each in whole], default=len(whole))]
+    assert len(stopped[0]) <= 20
+
+
+def test_a_row_may_have_its_own_seed(tree, cfg):
+    drawn = run(tree, cfg, PROMPTS, Sampling(1.0), seeds=[7, 8, 9])
+    alone = run(tree, cfg, PROMPTS[2:], Sampling(1.0), seeds=[9])
+    np.testing.assert_array_equal(drawn[2], alone[0])
+    assert not np.array_equal(drawn[2], run(tree, cfg, PROMPTS[2:], Sampling(1.0), seeds=[7])[0])
+
+
+def test_batches_change_nothing(tree, cfg):
+    prompts = ["a", "bcd", "efghijklmnopqrstuvw", "x", "yz"]
+    how = {"max_tokens": 8, "sampling": Sampling(1.0, min_p=0.01, repetition_penalty=1.2), "seed": 1}
+    whole = generate(tree, cfg, ByteTokenizer(), prompts, **how)
+    assert generate(tree, cfg, ByteTokenizer(), prompts, **how, batch_size=2) == whole
+
+
+def test_beams_of_a_batch_equal_one_by_one(tree, cfg):
+    search = Search(3, 0.7, False, 3)
+    how = {"max_tokens": 12, "end_id": 257}
+    together = search_ids(tree, cfg, PROMPTS, search, **how)
+    for row, prompt in zip(together, PROMPTS, strict=True):
+        [alone] = search_ids(tree, cfg, [prompt], search, **how)
+        assert [each.ids.tolist() for each in row] == [each.ids.tolist() for each in alone]
+        scores = [each.score for each in row]
+        assert scores == sorted(scores, reverse=True)
+        np.testing.assert_allclose(scores, [each.score for each in alone], rtol=1e-5)
+
+
+def test_memory_is_planned(tree, cfg, monkeypatch):
+    monkeypatch.setattr(decoding, "free_bytes", lambda _: 10**6)
+    with pytest.raises(InputError, match=r"3 prompts at a time x 8 beams.* GB are free: use fewer beams"):
+        run(tree, cfg, PROMPTS, num_beams=8, max_tokens=200)
+    run(tree, cfg, PROMPTS, max_tokens=12)

@@ -69,6 +69,21 @@ def test_bytes_of_a_step_are_those_of_the_compiled_one(name, fsdp):
     assert plan(cfg, fsdp).total_bytes == pytest.approx(xla, rel=0.15)
 
 
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_bytes_of_an_encoder_decoders_step_are_those_of_the_compiled_one(name, one_device):
+    """Within 15 %, wide enough for activations and weights to count."""
+    wider = {"d_model": 128, "d_ff": 512, "scan_layers": True, "vocab_multiple": 64}
+    cfg = with_parts(run_config(name), model=wider, data={"context": 96, "source_context": 64})
+    cfg = with_parts(cfg, model={"max_positions": 96})
+    optimizer = make_optimizer(cfg.optimizer, model_specs(cfg.model), one_device)
+    memory = lower_step(cfg, optimizer, one_device, abstract_batch(cfg, one_device)).compile().memory_analysis()
+    xla = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    xla += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    found = plan(cfg, 1)
+    assert found.total_bytes == pytest.approx(xla, rel=0.15)
+    assert (found.encoder_layers, found.source_context) == (cfg.model.source_layers, 64)
+
+
 def temporary_bytes(cfg: RunConfig, devices: int, platform: str = "gpu") -> int:
     found = plan(cfg, devices, platform)
     return found.activations_bytes + found.weight_copies_bytes + found.gradients_bytes

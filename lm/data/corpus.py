@@ -36,7 +36,7 @@ READERS = {
 }
 """What in lm.data.sources makes the reader of a kind. Named, not imported: TFDS and pyarrow take half a second,
 of no use to text files."""
-KEY_VERSION = 1
+KEY_VERSION = 2
 """Counts changes of what is read from the same files."""
 OWN_VALIDATION = ("validation", "valid", "val", "dev", "test")
 """Splits of a dataset that serve as validation, best first."""
@@ -99,7 +99,7 @@ class Corpus:
         return self._key_now() != self.key
 
     def _key_now(self) -> str:
-        return _sha256([KEY_VERSION, self._reader.contents(), self._half and self._half.described()])
+        return sha256([KEY_VERSION, self._reader.contents(), self._half and self._half.described()])
 
 
 class Concatenation(Corpus):
@@ -122,7 +122,7 @@ class Concatenation(Corpus):
         return sum(corpus.size for corpus in self._corpora)
 
     def _key_now(self) -> str:
-        return _sha256(["mix", [corpus._key_now() for corpus in self._corpora]])
+        return sha256(["mix", [corpus._key_now() for corpus in self._corpora]])
 
 
 class Component(NamedTuple):
@@ -268,5 +268,5 @@ def _with_split(base: str, split: str | None) -> str:
     return f"{base}[{split}]" if split else base
 
 
-def _sha256(described: object) -> str:
+def sha256(described: object) -> str:
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()

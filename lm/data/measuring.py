@@ -71,7 +71,7 @@ def encoded_documents(
 
 def _described(document: Document, pieces: list[str], done: int) -> _Waiting:
     digest = hashlib.sha256()
-    for part in document:
+    for part in (document.id, document.text, document.prompt):
         data = part.encode()
         digest.update(len(data).to_bytes(8, "big"))
         digest.update(data)

@@ -5,11 +5,13 @@ Shapes: B rows, T positions in a row, U = T + 1, P pieces of all rows, Q these a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from lm.data.column import Column, SortedColumn
+from lm.nn.source import Source
 
 
 class Batch(NamedTuple):
@@ -23,6 +25,19 @@ class Batch(NamedTuple):
     weights_BT: Any
     segments_BT: Any
     positions_BT: Any
+    source: Source | None = None
+    """Of pairs, what an encoder reads; their targets are then the rows themselves."""
+
+
+def arrays_of(batch: Batch) -> list[Any]:
+    """The arrays of a batch, those of its source last; `of_arrays` makes the batch of them again."""
+    return [*batch[:-1], *(batch.source or ())]
+
+
+def of_arrays(arrays: Sequence[Any]) -> Batch:
+    fields = len(Batch._fields) - 1
+    source = Source(*arrays[fields:]) if len(arrays) > fields else None
+    return Batch._make((*arrays[:fields], source))
 
 
 class Store(Protocol):

@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from lm.data.mixture import Mixture
-from lm.data.packing import Batch
+from lm.data.packing import Batch, arrays_of, of_arrays
 from lm.data.rows import Rows
 
 PREFETCH_BATCHES = 4
@@ -31,12 +31,10 @@ class Pipeline:
     def __init__(self, components: Sequence[tuple[float, Rows]], *, batch_size: int, seed: int):
         self.components = tuple(rows for _, rows in components)
         self.batch_size = batch_size
-        (self.context,) = {rows.context for rows in self.components}
+        ((self.context, self.source_context),) = {(rows.context, rows.source_context) for rows in self.components}
         self.rows_per_epoch = sum(len(rows) for rows in self.components)
         # Rows of different stores are filled differently: a share of the tokens is another share of the rows.
-        self._mixture = Mixture(
-            [Fraction(str(weight)) * len(rows) / rows.store.num_tokens for weight, rows in components]
-        )
+        self._mixture = Mixture([Fraction(str(weight)) * len(rows) / rows.tokens for weight, rows in components])
         self._seeds = [_component_seed(seed, number) for number in range(len(components))]
         # Shuffle before repeat: each epoch is then a permutation of the rows, and another one.
         self._orders = [
@@ -51,12 +49,13 @@ class Pipeline:
         parts = {number: self._cut(number, located) for number in sorted({number for number, _ in located})}
         if len(parts) == 1:
             return parts.popitem()[1]
-        batch = Batch(*(np.empty((len(wanted), self.context), array.dtype) for array in next(iter(parts.values()))))
+        first = arrays_of(next(iter(parts.values())))
+        batch = [np.empty((len(wanted), *array.shape[1:]), array.dtype) for array in first]
         for number, part in parts.items():
             places = [place for place, (component, _) in enumerate(located) if component == number]
-            for whole, array in zip(batch, part, strict=True):
+            for whole, array in zip(batch, arrays_of(part), strict=True):
                 whole[places] = array
-        return batch
+        return of_arrays(batch)
 
     def iterate(self, start_step: int = 0, rows: slice | None = None, *, threads: int = 2) -> Iterator[Batch]:
         """The same batches from `start_step` on, without end, made ahead of time in background threads.
@@ -79,14 +78,23 @@ class Pipeline:
         tokens = sum(count * self._tokens_a_row(rows) for count, rows in zip(counts, self.components, strict=True))
         return tokens / (sum(counts) * self.context)
 
+    def source_fill(self, steps: int) -> float | None:
+        """`fill` of the source side of pairs. None: there is none."""
+        if self.source_context is None:
+            return None
+        counts = self._mixture.counts(steps * self.batch_size)
+        parts = zip(counts, self.components, strict=True)
+        return sum(n * rows.source_tokens / len(rows) for n, rows in parts) / (sum(counts) * self.source_context)
+
     @property
     def tokens_per_step(self) -> int:
-        """Tokens in a batch, on average; of rows that are cut where they fall every position holds one."""
+        """Tokens in a batch, on average, of pairs those of targets; of rows that are cut where they fall every position
+        holds one."""
         rows = [rows for rows in self.components if rows.padded]
         return round(self.batch_size * self.context * self.fill(1000)) if rows else self.batch_size * self.context
 
     def _tokens_a_row(self, rows: Rows) -> float:
-        return rows.store.num_tokens / len(rows)
+        return rows.tokens / len(rows)
 
     def _cut(self, number: int, located: list[tuple[int, int]]) -> Batch:
         """The rows of a component, of those located."""

@@ -20,13 +20,23 @@ from lm.data.runs import cut_runs
 class Rows(Protocol):
     """The rows of an epoch of a store, numbered from 0. Together they hold every id of the store once.
 
-    Every id is then an input once, and every id but each document's first a target once.
+    Every id is then an input once, and every id but each document's first a target once. Of pairs, see
+    `lm.data.pair_rows`.
     """
 
-    store: Store
     context: int
+    """Positions in a row; of pairs in its target side."""
+    tokens: int
+    """Tokens that the rows hold together; of pairs those of targets."""
+    source_tokens: int
+    """Of pairs those of sources; else 0."""
     padded: bool
     """Whether rows in number may have positions without a token."""
+
+    @property
+    def source_context(self) -> int | None:
+        """Of pairs, positions in the source side of a row; None: there is none."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -69,6 +79,7 @@ class SplitRows:
                 f"use more text or a context of at most {store.num_tokens}"
             )
         self.store, self.context, self.padded = store, context, False
+        self.source_context, self.source_tokens, self.tokens = None, 0, store.num_tokens
         self._prompts = None if prompt_loss else store.prompts
 
     def __len__(self) -> int:
@@ -93,6 +104,7 @@ class PlannedRows:
 
     def __init__(self, store: Store, plan: Plan, *, context: int, prompt_loss: bool):
         self.store, self.context, self.padded = store, context, True
+        self.source_context, self.source_tokens, self.tokens = None, 0, store.num_tokens
         self._plan, self._prompt_loss = plan, prompt_loss
 
     def __len__(self) -> int:

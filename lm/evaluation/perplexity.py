@@ -69,7 +69,7 @@ class Evaluator:
         self.cfg, self.store, self.mesh, self.rules = cfg, store, mesh, rules
         self.window, self.stride, self.first_id = window, stride, tokenizer.first_id
         self.last_id = tokenizer.eos if score_eos else None
-        self.documents = _first_documents(store, max_tokens)
+        self.documents = first_documents(store, max_tokens)
         self.prompts = None if score_prompts else store.prompts
         longest = self.tokens = 0
         extra = (self.first_id is not None) + (self.last_id is not None)
@@ -223,7 +223,7 @@ def check_eos(tokenizer: Tokenizer, score_eos: bool) -> None:
         raise InputError(f"the tokenizer ({tokenizer.kind}) has no EOS to score: leave --score-eos out")
 
 
-def _first_documents(store: TokenStore, max_tokens: int | None) -> list[int]:
+def first_documents(store: TokenStore, max_tokens: int | None) -> list[int]:
     """All documents, or the first by hash of their id while they hold at most `max_tokens`; at least one."""
     if max_tokens is None:
         return list(range(len(store)))

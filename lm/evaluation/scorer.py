@@ -87,11 +87,19 @@ def _compiled(
     constrain = constrainer(mesh, rules)
 
     def nats(params: Any, batch: Batch, columns_RW: jax.Array, slices: jax.Array) -> tuple[jax.Array, ...]:
-        tokens, targets_RW, _, segments, positions = batch
+        tokens, targets_RW, _, segments, positions, source = batch
         R, W = columns_RW.shape
         attend = attend_on(cfg, mesh, length=W, training=False, rules=rules)
         x_RWD = language_model.forward(
-            params, tokens, segments, positions, cfg=cfg, dropout_keys_B=None, constrain=constrain, attend=attend
+            params,
+            tokens,
+            segments,
+            positions,
+            cfg=cfg,
+            dropout_keys_B=None,
+            constrain=constrain,
+            attend=attend,
+            source=source,
         )
         padded = -(-W // size) * size
         columns_RW = jnp.pad(columns_RW, ((0, 0), (0, padded - W)))

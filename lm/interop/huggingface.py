@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from lm.checkpoint import Loaded
 from lm.config import DataConfig, InputError, ModelConfig, RunConfig, TokenizerConfig
 from lm.interop import huggingface_config, huggingface_tokenizer, weights
-from lm.interop.huggingface_weights import HEAD, canonical, embedding, prefixed
+from lm.interop.huggingface_weights import HEAD, canonical, copies, embedding, prefixed
 from lm.interop.huggingface_weights import weights as family_weights
 from lm.interop.safetensors_files import FLOATS, Tensor, open_folder, same_bytes, write_folder
 from lm.manifest import MANIFEST, write_atomically
@@ -56,11 +56,14 @@ def load(path: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None, 
     if not config.is_file():
         raise InputError(f"{folder} has no {config.name}: the weights alone don't say what model they are")
     values = huggingface_config.read_file(config)
-    family, model = huggingface_config.read(values, config)
+    family, model = huggingface_config.read({**values, **huggingface_tokenizer.start(folder, values)}, config)
+    tensors = _tensors(folder, model)
+    model = _without_copies(model, family.model_type, tensors)
     if mesh is not None:
         parts = math.prod(mesh.shape[axis] for axis in rules["vocab"])
         model = dataclasses.replace(model, vocab_multiple=math.lcm(model.vocab_multiple, parts))
-    run = RunConfig(model=model, data=DataConfig(context=min(model.position_rows, LONGEST_ROW)))
+    packing = "best_fit" if model.has_encoder else DataConfig.packing
+    run = RunConfig(model=model, data=DataConfig(context=min(model.position_rows, LONGEST_ROW), packing=packing))
     tokenizer = huggingface_tokenizer.load(folder, values, model.vocabulary)
     if tokenizer is not None:
         run = dataclasses.replace(run, tokenizer=TokenizerConfig(kind="file", path=str(folder)))
@@ -68,9 +71,7 @@ def load(path: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None, 
         validate(run)
     except InputError as error:
         raise InputError(f"{config} describes no model that can be built: {error}") from error
-    tensors = _tensors(folder)
     wanted = list(family_weights(model, family.model_type))
-    _drop_tied_head(model, family.model_type, tensors)
     weights.check(wanted, tensors, folder)
     return Loaded(
         run, weights.read(model, wanted, tensors, dtype=dtype, mesh=mesh, rules=rules), tokenizer, None, folder
@@ -99,6 +100,7 @@ def save(
         raise InputError(f"dtype is {dtype!r}: use one of {', '.join(FLOATS)}")
     if max_shard_bytes < 1:
         raise InputError(f"max_shard_bytes is {max_shard_bytes}: use 1 or more")
+    model = _with_start(model, run)
     chosen, fields = huggingface_config.write(model, family)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is there and not an empty folder: name a new one")
@@ -111,11 +113,11 @@ def save(
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
     )
-    ids = huggingface_tokenizer.ids(run.tokenizer)
+    ids = huggingface_tokenizer.ids(run.tokenizer, model)
     contents: dict[str, dict[str, Any]] = {huggingface_tokenizer.GENERATION: {"_from_model_config": True, **ids}}
     if run.tokenizer is not None:
-        files.append(run.tokenizer.save(folder))
-        contents[huggingface_tokenizer.CONFIG] = huggingface_tokenizer.describe(run.tokenizer, model.position_rows)
+        files.append(huggingface_tokenizer.save(run.tokenizer, folder, model))
+        contents[huggingface_tokenizer.CONFIG] = huggingface_tokenizer.describe(run.tokenizer, model)
     no_ids = {"bos_token_id": None, "eos_token_id": None}  # else they would be those that the family is known for
     contents[huggingface_config.NAME] = {**fields, **no_ids, **ids, "torch_dtype": dtype}
     for name, content in contents.items():  # config.json last: without it the folder is no model
@@ -124,7 +126,20 @@ def save(
     return files
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
+def _with_start(model: ModelConfig, run: Loaded) -> ModelConfig:
+    """The model with the id that its targets follow, which its config may leave to the tokenizer."""
+    if not model.has_encoder or model.start_id is not None:
+        return model
+    start = None if run.tokenizer is None else run.tokenizer.first_id
+    if start is None:
+        raise InputError(
+            "model.start_id is None, and there is no tokenizer with BOS or EOS to say what targets follow: set it in "
+            "the run's config.json"
+        )
+    return dataclasses.replace(model, start_id=start)
+
+
+def _tensors(folder: Path, model: ModelConfig) -> dict[str, Tensor]:
     """All tensors of the folder by canonical name, but those that aren't weights of the language model."""
     found: dict[str, Tensor] = {}
     for name, tensor in open_folder(folder).items():
@@ -136,21 +151,33 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     if found:
         return found
     if any((folder / name).exists() for name in _PICKLED):
+        opener = "AutoModelForSeq2SeqLM" if model.has_encoder else "AutoModelForCausalLM"
         raise InputError(
             f"{folder} has its weights as a pickle ({_PICKLED[0]}), which could run any code and is never opened. "
-            'Convert it where torch is installed: python -c "from transformers import AutoModelForCausalLM as M; '
+            f'Convert it where torch is installed: python -c "from transformers import {opener} as M; '
             f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\", and copy the tokenizer's files"
         )
     raise InputError(f"{folder} has no weights: *.safetensors is missing")
 
 
-def _drop_tied_head(model: ModelConfig, model_type: str, tensors: dict[str, Tensor]) -> None:
-    """A tied head may be in the files too; it must be the embedding then."""
-    if not model.tie_embeddings or HEAD not in tensors:
-        return
+def _without_copies(model: ModelConfig, model_type: str, tensors: dict[str, Tensor]) -> ModelConfig:
+    """Drops what the files have besides the embedding table and the model doesn't: a tied head, and T5's two sides.
+
+    Such a tensor must be the table, and stands in for it where that is missing. A head of T5's that differs is one of
+    its own, whatever the config says: transformers 5 writes tie_word_embeddings true there too. Returns the model.
+    """
     table = next(w.name for w in family_weights(model, model_type) if w.path == embedding("", model).path)
-    tied = tensors.pop(HEAD)
-    if table in tensors and not same_bytes(tied, tensors[table]):
-        raise InputError(
-            f"{tied.path}: tie_word_embeddings is true, but {HEAD} differs from {table}: set it to false in config.json"
-        )
+    for name in copies(model, model_type):
+        if name not in tensors:
+            continue
+        if table not in tensors:
+            tensors[table] = tensors.pop(name)
+        elif same_bytes(tensors[name], tensors[table]):
+            del tensors[name]
+        elif name == HEAD and model.has_encoder:
+            model = dataclasses.replace(model, tie_embeddings=False)
+        else:
+            why = "set it to false in config.json" if name == HEAD else "the two sides of this model share one table"
+            field = "tie_word_embeddings is true, but " if name == HEAD else ""
+            raise InputError(f"{tensors[name].path}: {field}{name} differs from {table}: {why}")
+    return model

@@ -14,12 +14,13 @@ from lm.fields import nearest
 from lm.interop.huggingface_families import FAMILIES, Family
 from lm.interop.huggingface_fields import Fields
 from lm.interop.huggingface_rotary import pattern
+from lm.interop.huggingface_t5 import check_others
 
 NAME = "config.json"
 _OF_IMAGES = {"text_config", "vision_config", "mm_tokens_per_image"}
 _OF_IMAGES |= {f"{name}_token_{end}" for name in ("boi", "eoi", "image") for end in ("index", "id")}
 _TRAINING_ALONE = {"compute_dtype", "dropout", "hidden_dropout", "init_std", "initializer", "remat", "scan_layers"}
-_TRAINING_ALONE |= {"attention", "vocab_multiple"}
+_TRAINING_ALONE |= {"attention", "vocab_multiple", "start_id", "zero_init_outputs"}
 """Fields of ModelConfig that say nothing of the function that the parameters make."""
 
 
@@ -41,14 +42,16 @@ def read(values: Mapping[str, Any], where: Path | str) -> tuple[Family, ModelCon
         values = {**outer, **text, "model_type": "gemma3_text"}
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
+        check_others(values, where)
         raise InputError(
             f"{where}: model_type {kind!r} is not known{nearest(str(kind), FAMILIES)}; known are {', '.join(FAMILIES)}"
         )
     family = FAMILIES[kind]
     fields = Fields(values, family.defaults, where)
-    for name in ("num_hidden_layers", "n_layer"):
-        if name in values and not (type(values[name]) is int and 1 <= values[name] <= MOST_LAYERS):
-            raise InputError(f"{where}: {name} is {values[name]!r}, not a number of layers (1 to {MOST_LAYERS})")
+    for name in ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"):
+        given = values.get(name)
+        if given is not None and not (type(given) is int and 1 <= given <= MOST_LAYERS):
+            raise InputError(f"{where}: {name} is {given!r}, not a number of layers (1 to {MOST_LAYERS})")
     try:
         cfg = family.read(fields)
     except (TypeError, AttributeError, ZeroDivisionError, OverflowError, StopIteration) as error:
@@ -72,7 +75,10 @@ def write(cfg: ModelConfig, name: str | None = None) -> tuple[Family, dict[str, 
         if family.divided and cfg.d_model % cfg.num_heads:
             found["num_heads"] = (cfg.num_heads, f"a divisor of d_model {cfg.d_model}")
         if "positions" in found:  # of which these follow
-            found = {key: both for key, both in found.items() if key != "max_positions" and key[:7] != "rotary_"}
+            follow = ("max_positions", "rotary_", "relative_")
+            found = {key: both for key, both in found.items() if not key.startswith(follow)}
+        if "family" in found and name is None:  # another kind of model
+            continue
         if not found:
             return family, fields
         conflicts[family.model_type] = found
@@ -96,7 +102,8 @@ def arithmetic(cfg: ModelConfig) -> dict[str, Any]:
     Two configs with equal ones have the same parameters and the same logits.
     """
     found = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in _TRAINING_ALONE}
-    kinds = [cfg.layer_pattern[i % len(cfg.layer_pattern)] for i in range(cfg.num_layers)]
+    stacks = [cfg.encoder, cfg] if cfg.has_encoder else [cfg]
+    kinds = [one.layer_pattern[i % len(one.layer_pattern)] for one in stacks for i in range(one.num_layers)]
     found |= {"num_kv_heads": cfg.kv_heads, "head_dim": cfg.head_width, "d_ff": cfg.ff_width}
     found |= {"qkv_bias": cfg.has_qkv_bias, "attention_scale": cfg.score_scale, "window": [k.window for k in kinds]}
     turned = cfg.positions == "rotary"
@@ -110,6 +117,12 @@ def arithmetic(cfg: ModelConfig) -> dict[str, Any]:
         found |= dict.fromkeys(names)
     if cfg.positions != "learned":
         found["max_positions"] = None
+    if cfg.positions != "relative":
+        found |= dict.fromkeys(("relative_buckets", "relative_max_distance"))
+    found["encoder_layers"] = cfg.source_layers if cfg.has_encoder else None
+    found["share_embeddings"] = cfg.share_embeddings or not cfg.has_encoder
+    if found["share_embeddings"]:
+        found["source_vocab_size"] = None
     return found
 
 

@@ -6,16 +6,14 @@ A field that is absent has the default that transformers gives it in that family
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lm.config import ModelConfig
-from lm.fields import nearest
-from lm.interop.huggingface_fields import Fields
+from lm.interop import huggingface_t5 as t5
+from lm.interop.huggingface_fields import PLAIN, Fields, called
 from lm.interop.huggingface_rotary import FULL, SLIDING, pattern, read_rotary, write_rotary
 
-_PLAIN = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu"}
-_PLAIN |= {"relu": "relu", "relu2": "relu2"}
 _GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
 
 
@@ -44,7 +42,7 @@ def _gpt2(f: Fields) -> ModelConfig:
         num_heads=heads,
         d_ff=f.maybe("n_inner", int),
         norm_epsilon=f.get("layer_norm_epsilon", float),
-        activation=_activation(f, "activation_function", _PLAIN),  # type: ignore[arg-type]
+        activation=f.choice("activation_function", PLAIN),  # type: ignore[arg-type]
         max_positions=f.get("n_positions", int),
         tie_embeddings=f.get("tie_word_embeddings", bool),
         bias=True,
@@ -61,7 +59,7 @@ def _to_gpt2(cfg: ModelConfig) -> dict[str, Any]:
         "n_head": cfg.num_heads,
         "n_inner": cfg.ff_width,
         "layer_norm_epsilon": cfg.norm_epsilon,
-        "activation_function": _called(cfg, _PLAIN),
+        "activation_function": called(cfg, PLAIN),
         "n_positions": cfg.position_rows,
         "tie_word_embeddings": cfg.tie_embeddings,
         "scale_attn_weights": cfg.attention_scale != 1.0,
@@ -89,7 +87,7 @@ def _llama(
         d_ff=f.get("intermediate_size", int),
         norm="rmsnorm",
         norm_epsilon=f.get("rms_norm_eps", float),
-        activation=_activation(f, activation, _GATED),  # type: ignore[arg-type]
+        activation=f.choice(activation, _GATED),  # type: ignore[arg-type]
         positions="rotary",
         max_positions=f.get("max_position_embeddings", int),
         tie_embeddings=f.get("tie_word_embeddings", bool),
@@ -109,7 +107,7 @@ def _to_llama(cfg: ModelConfig, *, activation: str = "hidden_act", by_layer_type
         "head_dim": cfg.head_width,
         "intermediate_size": cfg.ff_width,
         "rms_norm_eps": cfg.norm_epsilon,
-        activation: _called(cfg, _GATED),
+        activation: called(cfg, _GATED),
         "max_position_embeddings": cfg.position_rows,
         "tie_word_embeddings": cfg.tie_embeddings,
         "vocab_size": cfg.vocabulary,
@@ -199,18 +197,6 @@ def _layer_types(cfg: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _activation(f: Fields, name: str, known: Mapping[str, str]) -> str:
-    value = f.get(name, str)
-    if value not in known:
-        raise f.refuse(name, value, f"is not implemented{nearest(value, known)}; known are {', '.join(known)}")
-    return known[value]
-
-
-def _called(cfg: ModelConfig, known: Mapping[str, str]) -> str:
-    """The family's name of the activation; another's where it has none, which the comparison then finds out."""
-    return next((theirs for theirs, ours in known.items() if ours == cfg.activation), next(iter(known)))
-
-
 _SHARED = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_word_embeddings": False}
 _GPT2 = {
     **{"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12},
@@ -283,6 +269,24 @@ FAMILIES = {
             _gemma3,
             lambda cfg: _to_gemma(cfg, by_layer_type=True),
             harmless=("hidden_act", "_sliding_window_pattern"),
+        ),
+        Family(
+            "t5",
+            "T5ForConditionalGeneration",
+            t5.T5,
+            lambda f: t5.read(f, scaled=True),
+            lambda cfg: t5.write(cfg, scaled=True),
+            harmless=t5.HARMLESS,
+            divided=False,
+        ),
+        Family(
+            "mt5",
+            "MT5ForConditionalGeneration",
+            t5.MT5,
+            lambda f: t5.read(f, scaled=False),
+            lambda cfg: t5.write(cfg, scaled=False),
+            harmless=(*t5.HARMLESS, "scale_decoder_outputs"),
+            divided=False,
         ),
     )
 }

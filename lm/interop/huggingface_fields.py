@@ -7,9 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lm.config import InputError
+from lm.config import InputError, ModelConfig
+from lm.fields import nearest
 
 Kind = TypeVar("Kind")
+
+PLAIN = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu"}
+PLAIN |= {"relu": "relu", "relu2": "relu2"}
+"""Activations without a gate, as transformers and as we call them."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
@@ -47,14 +52,14 @@ family reads them."""
 
 HARMLESS = {
     "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout",
-    "attn_pdrop", "bos_token_id", "cache_implementation", "chunk_size_feed_forward", "dtype", "embd_pdrop",
-    "eos_token_id", "finetuning_task", "gradient_checkpointing", "hidden_dropout", "id2label", "initializer_range",
-    "is_decoder", "is_llama_config", "keys_to_ignore_at_inference", "label2id", "max_window_layers", "model_type",
-    "n_ctx", "output_attentions", "output_hidden_states", "pad_token_id", "prefix", "pretraining_tp",
-    "problem_type", "reorder_and_upcast_attn", "resid_pdrop", "return_dict", "sep_token_id", "summary_activation",
-    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params",
-    "tokenizer_class", "torch_dtype", "torchscript", "transformers.js_config", "transformers_version",
-    "unsloth_fixed", "unsloth_version", "use_cache",
+    "attn_pdrop", "bos_token_id", "cache_implementation", "chunk_size_feed_forward", "decoder_start_token_id", "dtype",
+    "embd_pdrop", "eos_token_id", "finetuning_task", "gradient_checkpointing", "hidden_dropout", "id2label",
+    "initializer_range", "is_decoder", "is_llama_config", "keys_to_ignore_at_inference", "label2id",
+    "max_window_layers", "model_type", "n_ctx", "output_attentions", "output_hidden_states", "pad_token_id", "prefix",
+    "pretraining_tp", "problem_type", "reorder_and_upcast_attn", "resid_pdrop", "return_dict", "sep_token_id",
+    "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
+    "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript", "transformers.js_config",
+    "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
 }  # fmt: skip
 """Fields that don't change what a model says of a text: dropout, how it was made, how it is cached or shown."""
 
@@ -85,6 +90,13 @@ class Fields:
             raise InputError(f"{self.where}: {name} is {value!r}, it must be of type {kind.__name__}")
         return value
 
+    def choice(self, name: str, known: Mapping[str, str]) -> str:
+        """What a field's value is called here, by a table of those that are implemented."""
+        value = self.get(name, str)
+        if value not in known:
+            raise self.refuse(name, value, f"is not implemented{nearest(value, known)}; known are {', '.join(known)}")
+        return known[value]
+
     def refuse(self, name: str, value: Any, why: str) -> InputError:
         """For the caller to raise: a value that isn't implemented."""
         return InputError(f"{self.where}: {name} {value!r} {why}")
@@ -105,3 +117,8 @@ class Fields:
         if unknown:
             listed = ", ".join(f"{name} = {value!r}" for name, value in sorted(unknown.items()))
             warnings.warn(f"{self.where}: fields that lm doesn't know and leaves out: {listed}", stacklevel=2)
+
+
+def called(cfg: ModelConfig, known: Mapping[str, str]) -> str:
+    """The family's name of the activation; another's where it has none, which the comparison then finds out."""
+    return next((theirs for theirs, ours in known.items() if ours == cfg.activation), next(iter(known)))

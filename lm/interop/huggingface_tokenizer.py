@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lm.config import InputError
+from tokenizers import Tokenizer as Library
+
+from lm.config import InputError, ModelConfig
 from lm.data import tokenizer as tokenizers
 from lm.data.tokenizer import FileTokenizer, SentencePieceTokenizer, SpecialIds, Tokenizer
 from lm.data.tokenizers import special_ids
@@ -16,6 +18,8 @@ from lm.interop.huggingface_config import NAME, read_file
 from lm.run_directory import listed
 
 GENERATION, CONFIG = "generation_config.json", special_ids.CONFIG_NAME
+T5_NAME = "spiece.model"
+"""What transformers calls T5's SentencePiece model."""
 _FILES = (*tokenizers.FILE_NAMES, "vocab.json", "*.model", "*.tiktoken")
 
 
@@ -54,24 +58,59 @@ def load(folder: Path, config: Mapping[str, Any], vocabulary: int) -> Tokenizer 
     return tokenizer.with_special_ids(ids)
 
 
-def ids(tokenizer: Tokenizer | None) -> dict[str, int]:
-    """The special ids as config.json and generation_config.json call them."""
-    if tokenizer is None:
-        return {}
-    found = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+def start(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The id that targets follow, as `config` (config.json's fields) calls it, where generation_config.json has it.
+
+    Raises InputError where the two say different ones.
+    """
+    file, name = folder / GENERATION, "decoder_start_token_id"
+    given, own = read_file(file).get(name) if file.is_file() else None, config.get(name)
+    if given is not None and own is not None and given != own:
+        raise InputError(f"{folder / NAME}: {name} {own!r} contradicts {given!r} in {file.name}: change one of the two")
+    return {} if given is None else {name: given}
+
+
+def ids(tokenizer: Tokenizer | None, model: ModelConfig) -> dict[str, int]:
+    """The special ids as config.json and generation_config.json call them.
+
+    An encoder-decoder without a token for padding is padded with the one that targets follow, as T5 is.
+    """
+    roles = ("bos", "eos", "pad") if tokenizer is not None else ()
+    found = {f"{role}_token_id": getattr(tokenizer, role) for role in roles}
+    if model.has_encoder:
+        padding = found.get("pad_token_id")
+        found["pad_token_id"] = model.start_id if padding is None else padding
+        found["decoder_start_token_id"] = model.start_id
     return {name: number for name, number in found.items() if number is not None}
 
 
-def describe(tokenizer: Tokenizer, positions: int) -> dict[str, Any]:
-    """tokenizer_config.json: with it AutoTokenizer opens the file as it is."""
-    fields: dict[str, Any] = {"model_max_length": positions, "clean_up_tokenization_spaces": False}
+def save(tokenizer: Tokenizer, folder: Path, model: ModelConfig) -> Path:
+    """Writes the tokenizer's file as AutoTokenizer looks for it.
+
+    That of an encoder-decoder makes transformers put EOS behind every text, as sources and targets are read here.
+    """
+    if not model.has_encoder:
+        return tokenizer.save(folder)
     if tokenizer.file_name != tokenizers.FILE_NAME:
-        warnings.warn(
-            f"{tokenizer.file_name} is exported as it is, but transformers opens it by rules of its own: ids differ "
-            "unless it is a BPE without normalisation, as Llama's",
-            stacklevel=2,
-        )
-        return {"tokenizer_class": "LlamaTokenizer", **fields}
+        return tokenizer.save(folder / T5_NAME)
+    target = folder / tokenizer.file_name
+    target.write_bytes(_ended(tokenizer))
+    return target
+
+
+def describe(tokenizer: Tokenizer, model: ModelConfig) -> dict[str, Any]:
+    """tokenizer_config.json: with it AutoTokenizer opens the file as it is."""
+    fields: dict[str, Any] = {"model_max_length": model.position_rows, "clean_up_tokenization_spaces": False}
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        as_t5 = model.has_encoder and tokenizer.eos is not None and tokenizer.eos == tokenizer.find("</s>")
+        if not as_t5:
+            warnings.warn(
+                f"{tokenizer.file_name} is exported as it is, but transformers opens it by rules of its own: ids "
+                "differ unless it is a BPE without normalisation, as Llama's",
+                stacklevel=2,
+            )
+        own = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0} if as_t5 else {"tokenizer_class": "LlamaTokenizer"}
+        return {**own, **fields}
     fields = {"tokenizer_class": "PreTrainedTokenizerFast", **fields}
     described = json.loads(tokenizer.content)
     names = {token["id"]: token["content"] for token in described["added_tokens"]}
@@ -79,6 +118,25 @@ def describe(tokenizer: Tokenizer, positions: int) -> dict[str, Any]:
         number = getattr(tokenizer, role)
         fields[f"{role}_token"] = names.get(number)
     return fields
+
+
+def _ended(tokenizer: Tokenizer) -> bytes:
+    """A tokenizer.json that adds EOS behind a text, and nothing else; as it is where it does, or has none."""
+    library = Library.from_str(tokenizer.content.decode())
+    if tokenizer.eos is None or library.encode("").ids == [tokenizer.eos]:
+        return tokenizer.content
+    name = library.id_to_token(tokenizer.eos)
+    single, second = (
+        [{"Sequence": {"id": which, "type_id": 0}}, {"SpecialToken": {"id": name, "type_id": 0}}] for which in "AB"
+    )
+    described = json.loads(tokenizer.content)
+    described["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": single + second,
+        "special_tokens": {name: {"id": name, "ids": [tokenizer.eos], "tokens": [name]}},
+    }
+    return json.dumps(described, ensure_ascii=False).encode()
 
 
 def _id(value: Any, limit: int, role: str, where: Path) -> int | None:

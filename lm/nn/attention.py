@@ -66,12 +66,14 @@ def attend(
     softcap: float | None,
     numerics: Numerics,
     dropout: Dropout | None,
+    bias_NTS: Array | None = None,
 ) -> Array:
     """Scaled dot-product attention, softmax(scale · q kᵀ + mask) v (Vaswani et al. 2017, eq. 1), with grouped heads.
 
     N must be a multiple of K; query head n reads key/value head n // (N / K) (Ainslie et al. 2023, arXiv:2305.13245).
-    `softcap` bounds the scores, before the mask, by softcap · tanh(scores / softcap) (Gemma 2, arXiv:2408.00118).
-    `dropout` falls on the probabilities. Returns o_BTNH in q's dtype.
+    `bias_NTS`, float32, is added to the scaled scores of every row of the batch (Raffel et al. 2020, arXiv:1910.10683,
+    section 2.1). `softcap` bounds the scores, before the mask, by softcap · tanh(scores / softcap) (Gemma 2,
+    arXiv:2408.00118). `dropout` falls on the probabilities. Returns o_BTNH in q's dtype.
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
@@ -80,16 +82,23 @@ def attend(
     q_BKMH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
     k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
     allowed = mask.dense(T, S)
+    bias_KMS = None if bias_NTS is None else bias_NTS.reshape(K, G * T, S)
     if softcap is None and dropout is None:
-        o_BKMH = _attend(q_BKMH, k_BKSH, v_BKSH, allowed, scale, numerics)
+        o_BKMH = _attend(q_BKMH, k_BKSH, v_BKSH, bias_KMS, allowed, scale, numerics)
     else:
-        scores_BKMS = scale * product(q_BKMH, k_BKSH, True, numerics)
+        scores_BKMS = _scores(q_BKMH, k_BKSH, bias_KMS, scale, numerics)
         if softcap is not None:
             scores_BKMS = softcap * jnp.tanh(scores_BKMS / softcap)
         probabilities = _softmax(scores_BKMS, allowed).reshape(B, K, G, T, S)
         probabilities = drop(probabilities, dropout).reshape(B, K, G * T, S)
         o_BKMH = product(probabilities, v_BKSH, False, numerics).astype(q_BTNH.dtype)
     return o_BKMH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _scores(q_BKMH: Array, k_BKSH: Array, bias_KMS: Array | None, scale: float, numerics: Numerics) -> Array:
+    """scale · q kᵀ + bias, [B, K, M, S], float32."""
+    scores_BKMS = scale * product(q_BKMH, k_BKSH, True, numerics)
+    return scores_BKMS if bias_KMS is None else scores_BKMS + bias_KMS[None]
 
 
 def _softmax(scores_BKMS: Array, allowed: Array | None) -> Array:
@@ -103,33 +112,42 @@ def _softmax(scores_BKMS: Array, allowed: Array | None) -> Array:
     return jax.nn.softmax(scores_BKMS, axis=-1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _attend(
-    q_BKMH: Array, k_BKSH: Array, v_BKSH: Array, allowed: Array | None, scale: float, numerics: Numerics
+    q_BKMH: Array,
+    k_BKSH: Array,
+    v_BKSH: Array,
+    bias_KMS: Array | None,
+    allowed: Array | None,
+    scale: float,
+    numerics: Numerics,
 ) -> Array:
     """o_BKMH in q's dtype. The probabilities are kept for the backward pass in the compute dtype."""
-    return _forward(q_BKMH, k_BKSH, v_BKSH, allowed, scale, numerics)[0]
+    return _forward(q_BKMH, k_BKSH, v_BKSH, bias_KMS, allowed, scale, numerics)[0]
 
 
 def _forward(
-    q: Array, k: Array, v: Array, allowed: Array | None, scale: float, numerics: Numerics
-) -> tuple[Array, tuple[Array, ...]]:
-    p = _softmax(scale * product(q, k, True, numerics), allowed).astype(numerics.dtype)
+    q: Array, k: Array, v: Array, bias: Array | None, allowed: Array | None, scale: float, numerics: Numerics
+) -> tuple[Array, tuple[Array | None, ...]]:
+    p = _softmax(_scores(q, k, bias, scale, numerics), allowed).astype(numerics.dtype)
     o = product(p, v, False, numerics).astype(q.dtype)
-    return o, (q, k, v, p, o)
+    return o, (q, k, v, bias, p, o)
 
 
 def _backward(
     scale: float, numerics: Numerics, saved: tuple[Array, ...], do: Array
-) -> tuple[Array, Array, Array, None]:
-    """Of scores s: ds = p (dp - Σ p dp), where dp = do · vᵀ and Σ p dp = do · o (Dao et al. 2022, arXiv:2205.14135)."""
-    q, k, v, p, o = saved
+) -> tuple[Array, Array, Array, Array | None, None]:
+    """Of scores s: ds = p (dp - Σ p dp), where dp = do · vᵀ and Σ p dp = do · o (Dao et al. 2022, arXiv:2205.14135).
+    The bias's is their sum over the batch."""
+    q, k, v, bias, p, o = saved
     meet = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1, keepdims=True)
-    ds = scale * p * (product(do, v, True, numerics) - meet)
+    dp = product(do, v, True, numerics)
+    dbias = None if bias is None else jnp.sum(p * (dp - meet), axis=0).astype(bias.dtype)
+    ds = scale * p * (dp - meet)
     ds = ds.astype(numerics.dtype)  # an operand of two products: cast once
     dq = product(ds, k, False, numerics)
     dk, dv = sum_of_rows(ds, q, numerics), sum_of_rows(p, do, numerics)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dbias, None
 
 
 _attend.defvjp(_forward, _backward)

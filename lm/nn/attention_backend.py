@@ -39,7 +39,7 @@ class Site(NamedTuple):
 
     platform: "cpu", "gpu" or "tpu". compute_capability: of an NVIDIA GPU, as (9, 0); None for every other device.
     length: tokens in a row. segments: whether rows hold several pieces. dropout: whether probabilities are dropped.
-    training: whether gradients are taken.
+    training: whether gradients are taken. source_length: tokens in a row of sources; None: no cross-attention.
     """
 
     platform: str
@@ -48,6 +48,12 @@ class Site(NamedTuple):
     segments: bool
     dropout: bool
     training: bool
+    source_length: int | None = None
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Those of all rows."""
+        return (self.length,) if self.source_length is None else (self.length, self.source_length)
 
 
 class Choice(NamedTuple):
@@ -68,20 +74,23 @@ def choose(cfg: ModelConfig, site: Site) -> Choice:
             raise InputError(f"model.attention is {cfg.attention!r}, but {problem}")
         return Choice(cfg.attention, "model.attention says so")
     kernel = {"gpu": "cudnn", "tpu": "splash"}.get(site.platform)
-    excuse = f"{site.length} tokens"
+    longest = max(site.lengths)
+    excuse = f"{longest} tokens"
     if kernel is not None:
         problem = refusal(kernel, cfg, dropout=site.dropout) or _misplaced(kernel, cfg, site)
         if problem is None:
             return Choice(kernel, _praise(kernel, site))
         excuse = f"not {kernel}: {problem.partition(': ')[0]}; {excuse}"
+    if cfg.positions == "relative":
+        return Choice("reference", f"relative positions are added to scores; {excuse}")
     if site.dropout:
         return Choice("reference", f"dropout on attention probabilities; {excuse}")
     long = LONG if site.platform == "cpu" else LONG_ON_ACCELERATORS
-    if site.length < long:
+    if longest < long:
         return Choice("reference", f"{excuse}, fewer than the {long} from which blocks pay on a {site.platform}")
-    if site.platform == "cpu" and cfg.compute_dtype != "bfloat16" and site.length <= LONGEST_PREFIX:
+    if site.platform == "cpu" and cfg.compute_dtype != "bfloat16" and longest <= LONGEST_PREFIX:
         return Choice("prefix", f"{excuse} in float32: blocks of queries, each against the keys before its end")
-    return Choice("blockwise", f"{excuse}: the scores of a block at a time, not {site.length} x {site.length}")
+    return Choice("blockwise", f"{excuse}: the scores of a block at a time, not {longest} x {longest}")
 
 
 def refusal(name: str, cfg: ModelConfig, *, dropout: bool) -> str | None:
@@ -89,6 +98,8 @@ def refusal(name: str, cfg: ModelConfig, *, dropout: bool) -> str | None:
     if name == "reference":
         return None
     others = "set model.attention to 'auto' or 'reference'"
+    if cfg.positions == "relative":
+        return f"model.positions 'relative' adds to scores, which it never holds whole: {others}"
     if dropout:
         return f"model.dropout {cfg.dropout} falls on attention probabilities too, which it doesn't hold: {others}"
     if name in ("blockwise", "prefix"):
@@ -116,10 +127,11 @@ def _misplaced(name: str, cfg: ModelConfig, site: Site) -> str | None:
         return f"it runs on NVIDIA GPUs of compute capability 8.0 or more and this is {here}: {others}"
     if site.compute_capability < (9, 0) and cfg.head_width > 128:
         return f"before Hopper cuDNN wants heads up to 128 wide and these are {cfg.head_width}: {others}"
-    if site.segments and site.length > LONGEST_DENSE:
-        return f"packed rows of {site.length} tokens need a dense mask, which is held up to {LONGEST_DENSE}: {others}"
-    if site.segments and site.training and site.length % 2:
-        return f"with a mask cuDNN wants rows of an even length and these have {site.length} tokens: {others}"
+    longest, odd = max(site.lengths), [length for length in site.lengths if length % 2]
+    if site.segments and longest > LONGEST_DENSE:
+        return f"packed rows of {longest} tokens need a dense mask, which is held up to {LONGEST_DENSE}: {others}"
+    if site.segments and site.training and odd:
+        return f"with a mask cuDNN wants rows of an even length and these have {odd[0]} tokens: {others}"
     return None
 
 

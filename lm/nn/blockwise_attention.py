@@ -38,13 +38,14 @@ def attend_blockwise(
     softcap: float | None,
     numerics: Numerics,
     dropout: Dropout | None,
+    bias_NTS: Array | None = None,
 ) -> Array:
     """`lm.nn.attention.attend` in memory linear in T and S, to its numbers but for the order of summation.
 
     It has no dropout: the reference draws its mask for [T, S] whole. What a query sees that may see nothing is finite
     and otherwise undefined.
     """
-    assert dropout is None, "blockwise attention has no dropout on probabilities"
+    assert dropout is None and bias_NTS is None, "blockwise attention has no dropout on probabilities and no bias"
     T, (S, K) = q_BTNH.shape[1], k_BSKH.shape[1:3]
     c = block_length(max(T, S))
     form = _Form(scale, softcap, numerics, mask.causal, mask.window, c, S, _pairs(mask, T, S, c))

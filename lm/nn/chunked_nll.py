@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lm.nn.head import finish_logits, lm_head, token_ids, token_losses, token_nll
+from lm.nn.head import finish_logits, lm_head, token_ids, token_losses, token_nll, uniform_nll
 from lm.nn.layers import Constrain
 from lm.nn.matmul import Numerics, product, sum_of_rows
 
@@ -76,8 +76,8 @@ def head_nll(
             params, x_BTD, vocabulary=vocabulary, softcap=softcap, numerics=numerics, constrain=constrain
         )
         return token_nll(logits_BTV, targets_BT)
-    form, w, bias_V = _form(params, x_BTD, chunk, vocabulary, softcap, None, numerics, constrain)
-    return _losses(form, w, bias_V, form.pad(x_BTD), form.pad(targets_BT))[0][:, :T]
+    form, w, bias_V = _form(params, x_BTD, chunk, vocabulary, softcap, _Objective(), numerics, constrain)
+    return _losses(form, w, bias_V, form.pad(x_BTD), form.pad(targets_BT)).nll[:, :T]
 
 
 def head_loss(
@@ -92,24 +92,27 @@ def head_loss(
     numerics: Numerics,
     constrain: Constrain,
     chunk: int,
+    label_smoothing: float | None = None,
 ) -> tuple[Array, Array]:
-    """The objective, Σ weight · (nll + z_loss · log² Z), and Σ weight · nll in nats: float32 scalars.
+    """The objective, Σ weight · ((1 - ε) nll + ε u + z_loss · log² Z), and Σ weight · nll in nats: float32 scalars.
 
     Z = Σ exp(logits); holding log Z near 0 keeps the logits from drifting (PaLM, arXiv:2204.02311, section 5; ST-MoE,
-    arXiv:2202.08906, section 3.3, for routers). The gradients are the objective's; nats are a report and carry none.
-    Those of matrix and bias are summed over chunks in float32.
+    arXiv:2202.08906, section 3.3, for routers). u is the mean of -log p over the vocabulary: with ε, `label_smoothing`,
+    the target is (1 - ε) of itself and ε spread evenly over all ids (Szegedy et al. 2016, arXiv:1512.00567, section 7).
+    The gradients are the objective's; nats are a report and carry none. Those of matrix and bias are summed over chunks
+    in float32.
 
     Args: as for `head_nll`, and
       weights_BT: float32; constants.
-      z_loss: None: off, the objective is the nats.
+      z_loss, label_smoothing: None: off; with both off the objective is the nats.
     """
-    T = x_BTD.shape[1]
+    T, objective = x_BTD.shape[1], _Objective(z_loss, label_smoothing)
     if chunk >= T:
         logits_BTV = lm_head(
             params, x_BTD, vocabulary=vocabulary, softcap=softcap, numerics=numerics, constrain=constrain
         )
-        return _weighted(*token_losses(logits_BTV, targets_BT), weights_BT, z_loss)
-    form, w, bias_V = _form(params, x_BTD, chunk, vocabulary, softcap, z_loss, numerics, constrain)
+        return objective.sums(objective.losses(logits_BTV, targets_BT, vocabulary), weights_BT)
+    form, w, bias_V = _form(params, x_BTD, chunk, vocabulary, softcap, objective, numerics, constrain)
     return _chunked_loss(form, w, bias_V, *(form.pad(x) for x in (x_BTD, targets_BT, weights_BT)))
 
 
@@ -119,7 +122,7 @@ def _form(
     chunk: int,
     vocabulary: int,
     softcap: float | None,
-    z_loss: float | None,
+    objective: _Objective,
     numerics: Numerics,
     constrain: Constrain,
 ) -> tuple[_Form, Array, Array | None]:
@@ -129,14 +132,43 @@ def _form(
     tied = "kernel" not in head
     w = params["embed"]["tokens"] if tied else head["kernel"]
     groups = batch_shards(constrain, x_BTD.shape[0])
-    return _Form(tied, vocabulary, softcap, z_loss, numerics, constrain, groups, chunks), w, head.get("bias")
+    return _Form(tied, vocabulary, softcap, objective, numerics, constrain, groups, chunks), w, head.get("bias")
+
+
+class _Losses(NamedTuple):
+    """Of every token, [B, T], float32: nll, log Z, and the mean of -log p, which only smoothing asks for."""
+
+    nll: Array
+    log_z: Array
+    uniform: Array | None
+
+
+class _Objective(NamedTuple):
+    """What is minimised besides nll; None: off."""
+
+    z_loss: float | None = None
+    smoothing: float | None = None
+
+    def losses(self, logits_BTV: Array, targets_BT: Array, vocabulary: int) -> _Losses:
+        nll_BT, log_z_BT = token_losses(logits_BTV, targets_BT)
+        smooth = self.smoothing is not None
+        return _Losses(nll_BT, log_z_BT, uniform_nll(logits_BTV, log_z_BT, vocabulary=vocabulary) if smooth else None)
+
+    def sums(self, found: _Losses, weights_BT: Array) -> tuple[Array, Array]:
+        """(objective, nats)."""
+        objective = nats = jnp.sum(found.nll * weights_BT)
+        if self.smoothing is not None and found.uniform is not None:
+            objective = objective + self.smoothing * jnp.sum((found.uniform - found.nll) * weights_BT)
+        if self.z_loss is not None:
+            objective = objective + self.z_loss * jnp.sum(jnp.square(found.log_z) * weights_BT)
+        return objective, nats
 
 
 class _Form(NamedTuple):
     tied: bool  # w is [V, D], else [D, V]
     vocabulary: int
     softcap: float | None
-    z_loss: float | None
+    objective: _Objective
     numerics: Numerics
     constrain: Constrain
     groups: int  # G
@@ -170,30 +202,22 @@ class _Form(NamedTuple):
         return parts.swapaxes(0, 1).reshape(rows, -1, *chunks_GM.shape[3:])
 
 
-def _losses(form: _Form, w: Array, bias_V: Array | None, x_BTD: Array, targets_BT: Array) -> tuple[Array, Array]:
-    """nll_BT and log Z, [B, T]."""
+def _losses(form: _Form, w: Array, bias_V: Array | None, x_BTD: Array, targets_BT: Array) -> _Losses:
     matrix = form.matrix(w)
 
     @jax.checkpoint
-    def one(chunk: Array) -> tuple[Array, Array]:
-        return token_losses(form.logits(matrix, bias_V, form.cut(x_BTD, chunk)), form.cut(targets_BT, chunk))
+    def one(chunk: Array) -> _Losses:
+        logits_GMV = form.logits(matrix, bias_V, form.cut(x_BTD, chunk))
+        return form.objective.losses(logits_GMV, form.cut(targets_BT, chunk), form.vocabulary)
 
-    nll, log_z = lax.map(one, jnp.arange(form.chunks))
-    return form.join(nll, x_BTD.shape[0]), form.join(log_z, x_BTD.shape[0])
-
-
-def _weighted(nll_BT: Array, log_z_BT: Array, weights_BT: Array, z_loss: float | None) -> tuple[Array, Array]:
-    nats = jnp.sum(nll_BT * weights_BT)
-    if z_loss is None:
-        return nats, nats
-    return nats + z_loss * jnp.sum(jnp.square(log_z_BT) * weights_BT), nats
+    return jax.tree.map(lambda part: form.join(part, x_BTD.shape[0]), lax.map(one, jnp.arange(form.chunks)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked_loss(
     form: _Form, w: Array, bias_V: Array | None, x_BTD: Array, targets_BT: Array, weights_BT: Array
 ) -> tuple[Array, Array]:
-    return _weighted(*_losses(form, w, bias_V, x_BTD, targets_BT), weights_BT, form.z_loss)
+    return form.objective.sums(_losses(form, w, bias_V, x_BTD, targets_BT), weights_BT)
 
 
 def _forward(
@@ -205,24 +229,24 @@ def _forward(
     def add(sums: tuple[Array, Array | None], chunk: Array) -> tuple[tuple[Array, Array | None], tuple]:
         x_GMD, targets_GM, weights_GM = (form.cut(v, chunk) for v in (x_BTD, targets_BT, weights_BT))
         logits_GMV = form.logits(matrix, bias_V, x_GMD)
-        nll_GM, log_z_GM = token_losses(logits_GMV, targets_GM)
-        d_GMV = _logits_gradient(form, logits_GMV, targets_GM, log_z_GM, weights_GM)
+        losses_GM = form.objective.losses(logits_GMV, targets_GM, form.vocabulary)
+        d_GMV = _logits_gradient(form, logits_GMV, targets_GM, losses_GM.log_z, weights_GM)
         w_G = jnp.broadcast_to(matrix[None], (form.groups, *matrix.shape))
         dx_GMD = product(d_GMV, w_G, not form.tied, form.numerics)
         left, right = (d_GMV, x_GMD) if form.tied else (x_GMD, d_GMV)
         dw_G, db_GV = sums
         dw_G = _place(form, dw_G + sum_of_rows(left, right, form.numerics))
         db_GV = None if db_GV is None else db_GV + jnp.sum(d_GMV, axis=1)
-        return (dw_G, db_GV), (nll_GM, log_z_GM, dx_GMD.astype(x_BTD.dtype))
+        return (dw_G, db_GV), (losses_GM, dx_GMD.astype(x_BTD.dtype))
 
     # A sum a group: each device adds up its own rows, and the devices are summed once, after the last chunk.
     dw_G = _place(form, jnp.zeros((form.groups, *w.shape), jnp.float32))
     db_GV = None if bias_V is None else jnp.zeros((form.groups, *bias_V.shape), jnp.float32)
     (dw_G, db_GV), parts = lax.scan(add, (dw_G, db_GV), jnp.arange(form.chunks))
-    nll_BT, log_z_BT, dx_BTD = (form.join(part, x_BTD.shape[0]) for part in parts)
+    losses_BT, dx_BTD = jax.tree.map(lambda part: form.join(part, x_BTD.shape[0]), parts)
     db_V = None if db_GV is None or bias_V is None else db_GV.sum(0).astype(bias_V.dtype)
     gradients = dw_G.sum(0).astype(w.dtype), db_V, dx_BTD
-    return _weighted(nll_BT, log_z_BT, weights_BT, form.z_loss), gradients
+    return form.objective.sums(losses_BT, weights_BT), gradients
 
 
 def _backward(
@@ -239,13 +263,19 @@ _chunked_loss.defvjp(_forward, _backward)
 def _logits_gradient(form: _Form, logits_GMV: Array, targets_GM: Array, log_z_GM: Array, weights_GM: Array) -> Array:
     """The gradient of a head's product, before bias and cap.
 
-    Of nll it is softmax(logits) - onehot(target), of log² Z 2 log Z · softmax; the cap has the slope 1 - tanh².
+    Of nll it is softmax(logits) - onehot(target), with smoothing softmax(logits) - (1 - ε) onehot(target) - ε / V; of
+    log² Z 2 log Z · softmax; the cap has the slope 1 - tanh².
     """
     ids_GMV = token_ids(logits_GMV)
     softmax_GMV = jnp.exp(logits_GMV - log_z_GM[:, :, None])
-    if form.z_loss is not None:
-        softmax_GMV = softmax_GMV * (1.0 + 2.0 * form.z_loss * log_z_GM)[:, :, None]
-    d_GMV = (softmax_GMV - (ids_GMV == targets_GM[:, :, None])) * weights_GM[:, :, None]
+    z_loss, smoothing = form.objective
+    if z_loss is not None:
+        softmax_GMV = softmax_GMV * (1.0 + 2.0 * z_loss * log_z_GM)[:, :, None]
+    target_GMV = ids_GMV == targets_GM[:, :, None]
+    if smoothing is not None:
+        uniform_GMV = jnp.where(ids_GMV < form.vocabulary, smoothing / form.vocabulary, 0.0)
+        target_GMV = (1.0 - smoothing) * target_GMV + uniform_GMV
+    d_GMV = (softmax_GMV - target_GMV) * weights_GM[:, :, None]
     if form.softcap is not None:
         slope_GMV = 1.0 - jnp.square(logits_GMV / form.softcap)
         d_GMV = jnp.where(ids_GMV < form.vocabulary, d_GMV * slope_GMV, 0.0)  # -inf past the vocabulary

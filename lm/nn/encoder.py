@@ -5,17 +5,16 @@ Shapes: B batch, T position, D model width, L layers.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lm.config import LayerKind, ModelConfig
-from lm.nn import params as declare
 from lm.nn.attention import Attend, AttentionMask
 from lm.nn.cache import KeyValueCache
+from lm.nn.initializers import initializers
 from lm.nn.layers import (
     Constrain,
     Dropout,
@@ -33,18 +32,28 @@ from lm.nn.self_attention import self_attention, self_attention_specs
 Array = jax.Array
 Gather = Callable[[Any, Specs], Any]
 """Parameters that are split over devices, and their declaration -> the whole ones."""
-EMBEDDING, PROBABILITIES, ATTENTION, HIDDEN, FEED_FORWARD = range(5)  # the sites of dropout
+EMBEDDING, PROBABILITIES, ATTENTION, HIDDEN, FEED_FORWARD, BETWEEN_PROBABILITIES, BETWEEN = range(7)
+"""The sites of dropout."""
+
+
+class Between(NamedTuple):
+    """A block between a layer's self-attention and its feed-forward.
+
+    name: of its parameters in those of a layer. specs: what it adds to the declaration of a layer, norms included.
+    run: (its parameters, x_BTD, index of the layer, dropout on probabilities) -> y_BTD.
+    """
+
+    name: str
+    specs: Specs
+    run: Callable[[dict[str, Any], Array, Array | int, Dropout | None], Array]
 
 
 def layer_specs(cfg: ModelConfig) -> dict[str, Any]:
     """The declaration of one layer."""
     init = initializers(cfg)
-    names = ["attention_norm", "feed_forward_norm"]
-    if cfg.norm_position == "both":
-        names += ["attention_output_norm", "feed_forward_output_norm"]
-    one_norm = norm_specs(cfg.d_model, kind=cfg.norm, bias=cfg.bias, offset=cfg.norm_offset)
     return {
-        **dict.fromkeys(names, one_norm),
+        **block_norms("attention", cfg),
+        **block_norms("feed_forward", cfg),
         "attention": self_attention_specs(
             cfg.d_model,
             heads=cfg.num_heads,
@@ -69,8 +78,14 @@ def layer_specs(cfg: ModelConfig) -> dict[str, Any]:
     }
 
 
+def block_norms(block: str, cfg: ModelConfig) -> dict[str, Any]:
+    """The declaration of the norms around one block of a layer."""
+    names = [f"{block}_norm", f"{block}_output_norm"] if cfg.norm_position == "both" else [f"{block}_norm"]
+    return dict.fromkeys(names, norm_specs(cfg.d_model, kind=cfg.norm, bias=cfg.bias, offset=cfg.norm_offset))
+
+
 def encode(
-    layers: dict[str, Any],
+    layers: dict[str, Any] | Sequence[dict[str, Any]],
     x_BTD: Array,
     positions_BT: Array,
     mask: AttentionMask,
@@ -81,18 +96,23 @@ def encode(
     constrain: Constrain,
     attend: Attend,
     gather: Gather | None = None,
+    bias_NTS: Array | None = None,
+    between: Between | None = None,
 ) -> tuple[Array, KeyValueCache | None]:
     """The stack: every layer in turn over parameters stacked as [L, ...], by scan or unrolled, to the same numbers.
 
-    The scan runs over whole repetitions of the pattern of layers; those that are left over follow unrolled.
+    The scan runs over whole repetitions of the pattern of layers; those that are left over follow unrolled. With a
+    cache, or parameters that are a sequence of those of each layer, all are unrolled.
 
     Args:
       gather: makes the parameters of a layer whole, while it runs and again in the backward pass: about one layer is
         whole at a time. None: they are.
+      bias_NTS: added to the scores of every layer's self-attention.
+      between: one more block of every layer.
     """
     pattern = cfg.layer_pattern
     P, L = len(pattern), cfg.num_layers
-    specs = layer_specs(cfg)
+    specs = {**layer_specs(cfg), **({} if between is None else between.specs)}
 
     def run_layer(carry: tuple, layer: tuple, kind: LayerKind) -> tuple:
         x, cache = carry
@@ -109,9 +129,11 @@ def encode(
             dropout=dropout,
             constrain=constrain,
             attend=attend,
+            bias_NTS=bias_NTS,
+            between=between,
         )
 
-    if cfg.remat:
+    if cfg.remat and cache is None:
         run_layer = jax.checkpoint(run_layer, static_argnums=2)
     elif gather is not None:
         # Inside a scan, forward and backward pass are loops of their own: nothing in one is merged with the other.
@@ -123,8 +145,13 @@ def encode(
             carry = run_layer(carry, _at(group, place), kind)
         return carry, None
 
-    carry, every = (x_BTD, cache), (layers, jnp.arange(L))
-    scanned = L - L % P if cfg.scan_layers else 0
+    carry = (x_BTD, cache)
+    if not isinstance(layers, dict):
+        for index, layer in enumerate(layers):
+            carry = run_layer(carry, (layer, index), pattern[index % P])
+        return carry
+    every = (layers, jnp.arange(L))
+    scanned = L - L % P if cfg.scan_layers and cache is None else 0
     if scanned and P == 1:  # as it lies: groups of one would be copied
         carry, _ = jax.lax.scan(lambda carry, layer: (run_layer(carry, layer, pattern[0]), None), carry, every)
     elif scanned:
@@ -161,8 +188,11 @@ def encoder_layer(
     dropout: Dropout | None,
     constrain: Constrain,
     attend: Attend,
+    bias_NTS: Array | None = None,
+    between: Between | None = None,
 ) -> tuple[Array, KeyValueCache | None]:
-    """Self-attention and feed-forward, each added to the residual stream; `layer` is its index in the stack.
+    """Self-attention, what is between, and feed-forward, each added to the residual stream; `layer` is its index in the
+    stack.
 
     Pre-norm: x + block(norm(x)) (Xiong et al. 2020). Post-norm: norm(x + block(x)) (Vaswani et al. 2017). Both:
     x + norm(block(norm(x))) (Gemma 2, arXiv:2408.00118).
@@ -197,8 +227,13 @@ def encoder_layer(
         attend=attend,
         cache=cache,
         layer=layer,
+        bias_NTS=bias_NTS,
     )
     x_BTD = add("attention", x_BTD, y_BTD, ATTENTION)
+    if between is not None:
+        own_BTD = x_BTD if post else normalize(f"{between.name}_norm", x_BTD)
+        y_BTD = between.run(params[between.name], own_BTD, layer, site(BETWEEN_PROBABILITIES))
+        x_BTD = add(between.name, x_BTD, y_BTD, BETWEEN)
     y_BTD = feed_forward(
         params["feed_forward"],
         x_BTD if post else normalize("feed_forward_norm", x_BTD),
@@ -224,37 +259,6 @@ def layer_frequencies(cfg: ModelConfig, kind: LayerKind) -> Array | None:
             original_positions=cfg.rotary_original_positions,
         )
     return frequency_h / kind.rotary_factor  # linear: Chen et al. 2023, arXiv:2306.15595
-
-
-class Initializers(NamedTuple):
-    """How each kind of parameter is drawn, by `model.initializer`."""
-
-    table: Any
-    qkv: Any  # (inputs, outputs) -> Initializer
-    out: Any
-    up: Any  # inputs -> Initializer
-    down: Any
-    bias: Any  # inputs of the matrix it goes with -> Initializer
-
-
-def initializers(cfg: ModelConfig) -> Initializers:
-    """The initializers of a config."""
-    drawn = _drawn(cfg)
-    zeros = {"out": lambda *_: declare.zeros, "down": lambda _: declare.zeros}
-    return drawn._replace(**zeros) if cfg.zero_init_outputs else drawn
-
-
-def _drawn(cfg: ModelConfig) -> Initializers:
-    if cfg.initializer == "torch":  # the defaults of torch.nn.TransformerEncoderLayer; tables as the tutorial sets them
-        linear = lambda inputs: declare.uniform(inputs**-0.5)  # noqa: E731
-        xavier = lambda inputs, outputs: declare.uniform(math.sqrt(6 / (inputs + outputs)))  # noqa: E731
-        return Initializers(declare.uniform(0.1), xavier, lambda inputs, _: linear(inputs), linear, linear, linear)
-    plain = declare.normal(cfg.init_std)
-    # Radford et al. 2019, section 2.3: the sum of 2L block outputs keeps its variance.
-    scaled = declare.normal(cfg.init_std / math.sqrt(2 * cfg.num_layers))
-    return Initializers(
-        plain, lambda *_: plain, lambda *_: scaled, lambda _: plain, lambda _: scaled, lambda _: declare.zeros
-    )
 
 
 def _at(stacked: Any, index: int) -> Any:

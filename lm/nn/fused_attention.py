@@ -28,19 +28,21 @@ def attend_cudnn(
     softcap: float | None,
     numerics: Numerics,
     dropout: Dropout | None,
+    bias_NTS: Array | None = None,
 ) -> Array:
     """`lm.nn.attention.attend` in cuDNN: bfloat16 operands, float32 softmax, no scores in memory.
 
     Segments make a mask [B, 1, T, S], 2 bytes an entry, which all heads share.
     """
     assert softcap is None and dropout is None and numerics.dtype == "bfloat16", (softcap, dropout, numerics)
+    assert bias_NTS is None, "a bias on scores is left to the reference"
     assert isinstance(mask.query_offset, int) and mask.query_offset == 0, "cuDNN counts queries from the first key"
-    assert mask.causal or mask.window is None, "cuDNN has no window to the right"
     window, dense_BTS = mask.window, None
     if mask.query_segments_BT is not None:
         # cuDNN refuses a window beside a mask: so the mask holds both. Causality it keeps, and skips blocks by it.
         dense_BTS = mask._replace(causal=False).dense(q_BTNH.shape[1], k_BSKH.shape[1])
         window = None
+    assert mask.causal or window is None, "cuDNN has no window to the right"
     return jax.nn.dot_product_attention(
         q_BTNH,
         k_BSKH.astype(q_BTNH.dtype),

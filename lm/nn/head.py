@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lm.nn import params as declare
 from lm.nn.layers import Constrain
-from lm.nn.matmul import Numerics, product
+from lm.nn.matmul import Numerics, Turned, product
 from lm.nn.params import Initializer, ParamSpec
 
 Array = jax.Array
@@ -45,7 +45,9 @@ def lm_head(
     """
     B, T, D = x_BTD.shape
     head, x_MD = params.get("head", {}), x_BTD.reshape(B * T, D)
-    if "kernel" in head:
+    if isinstance(head.get("kernel"), Turned):
+        logits_MV = head["kernel"].product(x_MD, numerics)
+    elif "kernel" in head:
         logits_MV = product(x_MD, head["kernel"], False, numerics)
     else:
         logits_MV = product(x_MD, params["embed"]["tokens"], True, numerics)
@@ -73,6 +75,12 @@ def token_losses(logits_BTV: Array, targets_BT: Array) -> tuple[Array, Array]:
     """`token_nll` and log Z = logsumexp(logits), [B, T], float32."""
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     return log_z_BT - target_logit(logits_BTV, targets_BT), log_z_BT
+
+
+def uniform_nll(logits_BTV: Array, log_z_BT: Array, *, vocabulary: int) -> Array:
+    """The mean of -log p over all ids below `vocabulary`, [B, T], in nats, float32."""
+    real_BTV = jnp.where(token_ids(logits_BTV) < vocabulary, logits_BTV, 0.0)
+    return log_z_BT - jnp.sum(real_BTV, axis=-1) / vocabulary
 
 
 def target_logit(logits_BTV: Array, targets_BT: Array) -> Array:

@@ -18,6 +18,8 @@ from jax import lax
 
 Array = jax.Array
 _LANES = 8
+LEAST_SHARED = 2**18
+"""Numbers of a matrix from which threads share its product: fewer take less time than the threads' meeting."""
 
 
 class Numerics(NamedTuple):
@@ -96,7 +98,45 @@ def _turned(x_ZMK: Array) -> Array:
     return pieces.transpose(*range(z), z + 1, z + 2, z).reshape(*Z, K, M)
 
 
-def project(x: Array, w: Array, bias: Array | None, *, inputs: int, numerics: Numerics) -> Array:
+@jax.tree_util.register_pytree_node_class
+class Turned:
+    """A matrix [*K, *N] laid out for products with few rows on a CPU: columns in shares, one after another.
+
+    Decoding is as fast as the weights are read. XLA runs a batch of products in parallel, and one whose left operand
+    has its inputs side by side without a copy of it. On two cores, sixteen float32 rows: 45 to 24 ms for 226 MB.
+
+    w_CnK: shares, columns of a share, inputs. shape: [*K, *N].
+    """
+
+    def __init__(self, w_CnK: Array, shape: tuple[int, ...]):
+        self.w_CnK, self.shape = w_CnK, shape
+
+    @classmethod
+    def of(cls, w: Array, *, inputs: int, shares: int) -> Turned:
+        """Of a matrix [*K, *N]; fewer shares where they don't divide its columns, one where it is small."""
+        width = math.prod(w.shape[:inputs])
+        columns = math.prod(w.shape[inputs:])
+        shares = math.gcd(shares, columns) if width * columns >= LEAST_SHARED else 1
+        return cls(w.reshape(width, columns).T.reshape(shares, -1, width), w.shape)
+
+    def product(self, x_MK: Array, numerics: Numerics) -> Array:
+        """x · w, [M, N], float32."""
+        C, n, K = self.w_CnK.shape
+        M = x_MK.shape[0]
+        if M == 1:  # reads memory as fast as it goes
+            return _dot(x_MK, self.w_CnK.reshape(C * n, K), 1, 1, numerics)
+        y_CnM = _dot(self.w_CnK, jnp.broadcast_to(x_MK, (C, M, K)), 2, 2, numerics)
+        return y_CnM.reshape(C * n, M).T
+
+    def tree_flatten(self) -> tuple[tuple[Array], tuple[int, ...]]:
+        return (self.w_CnK,), self.shape
+
+    @classmethod
+    def tree_unflatten(cls, shape: tuple[int, ...], leaves: tuple[Array]) -> Turned:
+        return cls(*leaves, shape)
+
+
+def project(x: Array, w: Array | Turned, bias: Array | None, *, inputs: int, numerics: Numerics) -> Array:
     """A linear layer: contracts the last `inputs` axes of x with the first ones of w, adds the bias in float32.
 
     Args:
@@ -109,7 +149,11 @@ def project(x: Array, w: Array, bias: Array | None, *, inputs: int, numerics: Nu
     """
     rows, columns = x.shape[: x.ndim - inputs], w.shape[inputs:]
     width = math.prod(w.shape[:inputs])
-    y = product(x.reshape(math.prod(rows), width), w.reshape(width, math.prod(columns)), False, numerics)
+    x_MK = x.reshape(math.prod(rows), width)
+    if isinstance(w, Turned):
+        y = w.product(x_MK, numerics)
+    else:
+        y = product(x_MK, w.reshape(width, math.prod(columns)), False, numerics)
     y = y.reshape(*rows, *columns)
     if bias is not None:
         y = y + bias.reshape((1,) * len(rows) + bias.shape)

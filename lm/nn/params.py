@@ -51,7 +51,7 @@ def initialize(specs: Specs, key: Array) -> dict[str, Any]:
     def draw(path: tuple[Any, ...], spec: ParamSpec) -> Array:
         return spec.init(jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode())), spec.shape)
 
-    return jax.tree_util.tree_map_with_path(draw, dict(specs), is_leaf=is_spec)
+    return jax.tree_util.tree_map_with_path(draw, specs if is_spec(specs) else dict(specs), is_leaf=is_spec)
 
 
 def stack(specs: Specs, layers: int) -> Any:

@@ -28,13 +28,14 @@ def attend_prefix(
     softcap: float | None,
     numerics: Numerics,
     dropout: Dropout | None,
+    bias_NTS: Array | None = None,
 ) -> Array:
     """`lm.nn.attention.attend`, to its numbers but for the order of summation.
 
     It has no dropout: the reference draws its mask for [T, S] whole. Without causality, or with an offset that is known
     only when the program runs, it is the reference.
     """
-    assert dropout is None, "prefix attention has no dropout on probabilities"
+    assert dropout is None and bias_NTS is None, "prefix attention has no dropout on probabilities and no bias"
     T, S, offset = q_BTNH.shape[1], k_BSKH.shape[1], mask.query_offset
     one = functools.partial(attend, scale=scale, softcap=softcap, numerics=numerics, dropout=None)
     if not mask.causal or not isinstance(offset, int):

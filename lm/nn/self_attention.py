@@ -51,18 +51,25 @@ def self_attention_specs(
             inputs=1,
             pieces=(group - 2 * head_width, head_width, head_width),
         ),
-        "out": ParamSpec(
-            (heads, head_width, width), ("heads", "head", "embed"), init_out(heads * head_width, width), inputs=2
-        ),
+        **output_specs(width, heads=heads, head_width=head_width, bias=out_bias, init=init_out),
     }
     if qkv_bias:
         specs["qkv_bias"] = ParamSpec((kv_heads, group), ("kv_heads", "qkv"), declare.zeros)
-    if out_bias:
+    return {**specs, **(head_norm_specs(head_width, offset=norm_offset) if qk_norm else {})}
+
+
+def output_specs(width: int, *, heads: int, head_width: int, bias: bool, init: Callable) -> dict[str, ParamSpec]:
+    """The projection of all heads back to the width; `init` as in `self_attention_specs`."""
+    inputs = heads * head_width
+    specs = {"out": ParamSpec((heads, head_width, width), ("heads", "head", "embed"), init(inputs, width), inputs=2)}
+    if bias:
         specs["out_bias"] = ParamSpec((width,), ("norm",), declare.zeros)
-    if qk_norm:
-        for name in ("q_norm", "k_norm"):
-            specs[name] = norm_specs(head_width, kind="rmsnorm", bias=False, offset=norm_offset)
     return specs
+
+
+def head_norm_specs(head_width: int, *, offset: bool) -> dict[str, Any]:
+    """The norms of query and key heads."""
+    return dict.fromkeys(("q_norm", "k_norm"), norm_specs(head_width, kind="rmsnorm", bias=False, offset=offset))
 
 
 def self_attention(
@@ -83,12 +90,13 @@ def self_attention(
     attend: Attend,
     cache: KeyValueCache | None,
     layer: Array | int,
+    bias_NTS: Array | None,
 ) -> tuple[Array, KeyValueCache | None]:
     """Projects x to queries, keys and values, attends, projects back to [B, T, D].
 
     `attend` is the back end. `rotary_frequency_h` [H / 2] is how far rotary positions turn, in radians a token; None:
-    they don't. `scale` and `softcap` are those of `attend`. With a cache, keys and values are appended to it (at
-    `layer`) and the queries attend to all that it holds. The norms on queries and keys (Henry et al. 2020,
+    they don't. `scale`, `softcap` and `bias_NTS` are those of `attend`. With a cache, keys and values are appended to
+    it (at `layer`) and the queries attend to all that it holds. The norms on queries and keys (Henry et al. 2020,
     arXiv:2010.04245) come before the rotation.
     """
     qkv_BTKE = project(x_BTD, params["qkv"], params.get("qkv_bias"), inputs=1, numerics=numerics)
@@ -102,9 +110,19 @@ def self_attention(
         k_BTKH = rotary(k_BTKH, positions_BT, rotary_frequency_h)
     k_BSKH, v_BSKH = k_BTKH, v_BTKH
     if cache is not None:
-        cache = cache.write(layer, k_BTKH, v_BTKH)
-        k_BSKH, v_BSKH = cache.read(layer, q_BTNH.dtype)
-    o_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask, scale=scale, softcap=softcap, numerics=numerics, dropout=dropout)
+        assert isinstance(layer, int), "a stack with a cache runs unrolled"
+        cache, k_BSKH, v_BSKH, mask = cache.see(layer, k_BTKH, v_BTKH, mask)
+    o_BTNH = attend(
+        q_BTNH,
+        k_BSKH,
+        v_BSKH,
+        mask,
+        scale=scale,
+        softcap=softcap,
+        numerics=numerics,
+        dropout=dropout,
+        bias_NTS=bias_NTS,
+    )
     o_BTNH = constrain(o_BTNH, ("batch", "length", "heads", "head"))
     return project(o_BTNH, params["out"], params.get("out_bias"), inputs=2, numerics=numerics), cache
 

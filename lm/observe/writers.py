@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from lm.config import InputError
+from lm.evaluation.measured import TITLES, titled
 from lm.manifest import write_atomically
 
 
@@ -100,10 +101,10 @@ class ConsoleWriter:
     def write(self, record: Mapping[str, Any]) -> None:
         if "train/loss" in record:
             self._write_training(record)
-        validation = [_evaluation(record, name) for name in _evaluated(record)]
+        validation = [_evaluation(record, name) for name in _evaluated(record)] + _task(record)
         for line in validation:
             self.message(f"step {record['step']}  {line}")
-        if validation and self._bar is not None and self._task is not None:
+        if _evaluated(record) and self._bar is not None and self._task is not None:
             nats = record[f"{_evaluated(record)[0]}nats_per_token"]
             self._bar.update(self._task, validation=f"  val ppl {_perplexity(nats)}")
 
@@ -277,6 +278,12 @@ def _evaluation(record: Mapping[str, Any], prefix: str) -> str:
     nats, bits = record[f"{prefix}nats_per_token"], record.get(f"{prefix}bits_per_byte")
     line = f"validation{f' {name}' if name else ''} loss {_loss(nats)}  perplexity {_perplexity(nats)}"
     return line if bits is None else f"{line}  bits per byte {bits:.4f}"
+
+
+def _task(record: Mapping[str, Any]) -> list[str]:
+    """The metrics of what the model wrote, where a record has them."""
+    found = {name: record[f"eval/{name}"] for name in TITLES if f"eval/{name}" in record}
+    return [f"validation {titled(found)}"] if found else []
 
 
 def _loss(nats: float | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from lm.config import InputError, RunConfig
 from lm.data.pipeline import Batch
 from lm.evaluation.perplexity import Scores
+from lm.run_directory import criterion
 from lm.training.budget import Budget
 from lm.training.signals import StopRequest, decided
 from lm.training.state import TrainState
@@ -27,9 +27,10 @@ class Hands:
     step: Callable[[TrainState, Batch, np.float32], tuple[TrainState, Sums]]
     batches: Iterator[Batch]  # on the devices, from the first step on
     evaluate: Callable[[Any], dict[str, Scores]]  # of each validation text; the first one says what is best
-    save: Callable[[int, TrainState, float, dict[str, Scores] | None], None]  # step, state, seconds, its evaluation
+    save: Callable[[int, TrainState, float, dict[str, float]], None]  # step, state, seconds, its evaluation
     write: Callable[[dict[str, Any]], None]  # one record of metrics
     settle: Callable[[], None] = lambda: None  # waits until what was saved is complete
+    evaluate_task: Callable[[int, Any], dict[str, float]] = lambda step, params: {}  # translates or summarises
 
 
 class Clock:
@@ -60,7 +61,7 @@ def train(
 
     Args:
       state: after `step` updates and `seconds` of training.
-      best: lowest nats a token of any evaluation so far, infinity for none; a lower one is saved.
+      best: lowest cost of any evaluation so far, by `run_directory.criterion`, infinity for none; a lower one is saved.
       tokens_per_step: in a batch, padding left out.
       peak_flops: of all devices together, FLOP/s; None where it is not known.
 
@@ -71,8 +72,9 @@ def train(
     """
     clock = Clock(seconds)
     log = _Log(cfg, hands.write, tokens_per_step, flops_per_token, peak_flops)
+    best_by = criterion(cfg.evaluation)
     saved: int | None = step if step else None
-    scores: dict[str, Scores] | None = None
+    metrics: dict[str, float] = {}
     while True:
         seconds = decided(clock.seconds(), stop)
         if budget.done(step, seconds) or stop.signal is not None or log.diverged:
@@ -82,25 +84,29 @@ def train(
         state, sums = hands.step(state, batch, progress)
         step += 1
         log.hold(step, sums, clock)
-        scores = None
+        metrics = {}
         if _due(step, cfg.evaluation.every_steps):
             log.flush(clock)
-            scores = hands.evaluate(state.evaluated)
-            hands.write({"step": step, **summary(scores)})
-        nats = math.inf if scores is None else next(iter(scores.values())).nats_per_token
-        better = nats < best  # never where it is NaN
+            metrics |= summary(hands.evaluate(state.evaluated))
+        if _due(step, cfg.evaluation.task_every_steps):
+            log.flush(clock)
+            metrics |= hands.evaluate_task(step, state.evaluated)
+        if metrics:
+            hands.write({"step": step, **metrics})
+        cost = best_by.cost(metrics)
+        better = cost < best  # never where it is NaN
         if better:
-            best = nats
+            best = cost
         if better or _due(step, cfg.checkpoint.every_steps):
             log.flush(clock)
-            hands.save(step, state, clock.seconds(), scores)
+            hands.save(step, state, clock.seconds(), metrics)
             saved = step
-        if saved == step or scores is not None:
+        if saved == step or metrics:
             log.restart_timer()  # tokens a second leave evaluation and saving out
     log.flush(clock)
     jax.block_until_ready(state)
     if saved != step:
-        hands.save(step, state, clock.seconds(), scores)
+        hands.save(step, state, clock.seconds(), metrics)
     if log.diverged:
         hands.settle()
         raise InputError(
@@ -136,7 +142,7 @@ class _Log:
     ):
         self.write, self.flops_per_token, self.peak = write, flops_per_token, peak
         self.every_steps, self.max_skipped_steps = cfg.observe.every_steps, cfg.training.max_skipped_steps
-        self.z_loss = cfg.training.z_loss
+        self.has_objective = cfg.training.z_loss is not None or cfg.training.label_smoothing is not None
         self.tokens_per_step = tokens_per_step
         self.held: tuple[int, Sums] | None = None
         self.since = time.perf_counter()
@@ -170,7 +176,7 @@ class _Log:
         elapsed = time.perf_counter() - self.since
         rate = self.steps_since * self.tokens_per_step / elapsed
         tokens = max(float(sums.tokens), 1.0)
-        objective = {} if self.z_loss is None else {"train/objective": float(sums.objective) / tokens}
+        objective = {"train/objective": float(sums.objective) / tokens} if self.has_objective else {}
         self.write(
             {
                 "step": step,

@@ -49,7 +49,15 @@ def step_on(cfg: RunConfig, optimizer: optax.GradientTransformationExtraArgs, me
     """`train_step` as a function of (state, batch, progress) on this mesh."""
     rules = rules_of(cfg.parallel)
     given = exchange(mesh, model_specs(cfg.model), dtype=numerics(cfg.model.compute_dtype).dtype, rules=rules)
-    attend = attend_on(cfg.model, mesh, length=cfg.data.context, training=True, manual=given.manual, rules=rules)
+    attend = attend_on(
+        cfg.model,
+        mesh,
+        length=cfg.data.context,
+        training=True,
+        source_length=cfg.data.source_length,
+        manual=given.manual,
+        rules=rules,
+    )
     return functools.partial(
         train_step,
         cfg=cfg,

@@ -49,7 +49,8 @@ def lower_replicated(
       optimizer: made with no mesh.
       batch: the global one, [B, T], or its shapes; the compiled step takes it as `put_replicas` places it.
     """
-    attend = BACKENDS[choice(cfg.model, mesh, length=cfg.data.context, training=True).name]
+    length, source_length = cfg.data.context, cfg.data.source_length
+    attend = BACKENDS[choice(cfg.model, mesh, length=length, training=True, source_length=source_length).name]
 
     def step(state: TrainState, batch_bT: Batch, progress: Array) -> tuple[TrainState, Sums]:
         return train_step(

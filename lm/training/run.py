@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import platform
 from collections import deque
@@ -17,12 +18,16 @@ import optax
 from jax.sharding import Mesh
 
 from lm import allocator, checkpoint, compilation
-from lm.checkpoint import CheckpointWriter
+from lm.checkpoint import CheckpointWriter, Loaded
+from lm.config import RunConfig
+from lm.data.pairs import PairStore
 from lm.data.pipeline import Batch
+from lm.evaluation.pairs import PairEvaluator
 from lm.evaluation.perplexity import Evaluator, Scores
 from lm.manifest import read_manifest
 from lm.parallel import make_mesh, own_rows, put_rows
-from lm.run_directory import BEST
+from lm.processes import hosts
+from lm.run_directory import criterion
 from lm.sharded_attention import choice
 from lm.training import loop, transfers
 from lm.training.flops import flops_per_token, peak_flops
@@ -32,6 +37,7 @@ from lm.training.replicated import on_mesh, put_replicas
 from lm.training.signals import StopRequest
 from lm.training.start import Start
 from lm.training.state import TrainState, abstract_state, create_state, state_of
+from lm.training.task import keep_predictions, task_evaluator
 from lm.training.texts import Say
 
 
@@ -57,7 +63,7 @@ def run(start: Start, workdir: Path, *, write: Callable[[dict[str, Any]], None],
         CheckpointWriter(
             workdir,
             config=cfg,
-            save_tokenizer=start.tokenizer.save,
+            save_tokenizer=start.save_tokenizers,
             provenance=start.provenance,
             keep=cfg.checkpoint.keep,
         ) as checkpoints,
@@ -67,23 +73,28 @@ def run(start: Start, workdir: Path, *, write: Callable[[dict[str, Any]], None],
         write({"start": _describe(start, mesh)})  # after the config is there: what has metrics is a run
 
         @transfers.freely
-        def save(step: int, state: TrainState, seconds: float, scores: dict[str, Scores] | None) -> None:
-            items = on_mesh(state, mesh).items(np.float64(seconds))
-            checkpoints.save(step, items, None if scores is None else loop.summary(scores))
+        def save(step: int, state: TrainState, seconds: float, metrics: dict[str, float]) -> None:
+            checkpoints.save(step, on_mesh(state, mesh).items(np.float64(seconds)), metrics)
 
         peak = peak_flops(mesh.devices.flat[0])
         state, *_ = loop.train(
             state,
             step,
             seconds,
-            _best_nats(workdir),
+            _best_cost(workdir, cfg),
             cfg=cfg,
             budget=start.budget,
             hands=loop.Hands(
-                run_step, _batches(start, step, mesh), _evaluate(start, mesh, say), save, write, checkpoints.wait
+                run_step,
+                _batches(start, step, mesh),
+                _evaluate(start, mesh, say),
+                save,
+                write,
+                checkpoints.wait,
+                _evaluate_task(start, mesh, workdir, say),
             ),
             tokens_per_step=start.pipeline.tokens_per_step,
-            flops_per_token=flops_per_token(cfg.model, cfg.data.context),
+            flops_per_token=flops_per_token(cfg.model, cfg.data.context, cfg.data.source_length),
             peak_flops=None if peak is None else peak * mesh.size,
             stop=stop,
         )
@@ -104,20 +115,58 @@ def _evaluate(start: Start, mesh: Mesh, say: Say) -> Callable[[Any], dict[str, S
     return evaluate
 
 
-def evaluator(start: Start, name: str, mesh: Mesh, *, in_loop: bool) -> Evaluator:
+def _evaluate_task(start: Start, mesh: Mesh, workdir: Path, say: Say) -> Callable[[int, Any], dict[str, float]]:
+    """The evaluation of the run's task in the loop, as metrics: the first process's, which writes alone.
+
+    What was written is kept, a file a step.
+    """
+    evaluator = task_evaluator(start.config, start.validation, in_loop=True)
+
+    @transfers.freely
+    def evaluate(step: int, params: Any) -> dict[str, float]:
+        assert evaluator is not None, "validated: without a task it is never due"
+        found: dict[str, float] = {}
+        if hosts.is_first():
+            with compilation.said("the task", say):
+                scores = evaluator(loaded(start, on_mesh(params, mesh), Path()))
+            keep_predictions(scores, workdir, step)
+            found = scores.metrics()
+        return json.loads(hosts.agree("the task", json.dumps(found)))
+
+    return evaluate
+
+
+def loaded(start: Start, params: Any, path: Path) -> Loaded:
+    """The model of a run that is under way."""
+    return Loaded(start.config, params, start.tokenizer, start.step, path, start.source_tokenizer)
+
+
+def evaluator(start: Start, name: str, mesh: Mesh, *, in_loop: bool) -> Evaluator | PairEvaluator:
     """The evaluation of one of a run's validation texts; in the loop it may take only part of it."""
-    cfg = start.config
+    cfg, store = start.config, start.validation[name].store
+    max_tokens = cfg.evaluation.max_tokens if in_loop else None
+    if isinstance(store, PairStore):
+        return PairEvaluator(
+            cfg.model,
+            store,
+            start.tokenizer,
+            start.source_tokenizer,
+            batch_size=cfg.evaluation.batch_size,
+            mesh=mesh,
+            rules=cfg.parallel.rules,
+            max_tokens=max_tokens,
+        )
     window = cfg.evaluation.window or cfg.data.context
     return Evaluator(
         cfg.model,
-        start.validation[name].store,
+        store,
         start.tokenizer,
         window=window,
         stride=cfg.evaluation.stride or window,
         batch_size=cfg.evaluation.batch_size,
         mesh=mesh,
         rules=cfg.parallel.rules,
-        max_tokens=cfg.evaluation.max_tokens if in_loop else None,
+        max_tokens=max_tokens,
         score_prompts=cfg.data.prompt_loss,
     )
 
@@ -145,7 +194,7 @@ def _initial_state(
 def _compile(start: Start, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh, say: Say) -> Callable:
     """The training step, compiled before the first one; the state is donated to it."""
     cfg = start.config
-    attention = choice(cfg.model, mesh, length=cfg.data.context, training=True)
+    attention = choice(cfg.model, mesh, length=cfg.data.context, training=True, source_length=cfg.data.source_length)
     say(f"attention  {attention.name}: {attention.reason}")
     batch = put_rows(mesh, start.pipeline.batch_at(0, own_rows(mesh, start.pipeline.batch_size)))
     with compilation.said("the training step", say):
@@ -166,11 +215,12 @@ def _batches(start: Start, step: int, mesh: Mesh) -> Iterator[Batch]:
             yield ahead.popleft()
 
 
-def _best_nats(workdir: Path) -> float:
+def _best_cost(workdir: Path, cfg: RunConfig) -> float:
+    """Of the best checkpoint so far, by what the run chooses it by now."""
     best = checkpoint.best_step(workdir)
     if best is None:
         return math.inf
-    return read_manifest(checkpoint.locate(workdir, best)).metrics[BEST]
+    return criterion(cfg.evaluation).cost(read_manifest(checkpoint.locate(workdir, best)).metrics)
 
 
 def _describe(start: Start, mesh: Mesh) -> Mapping[str, Any]:

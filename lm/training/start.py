@@ -22,6 +22,7 @@ from lm.config import InputError, ModelConfig, RunConfig
 from lm.data.pipeline import Pipeline
 from lm.data.tokenizer import Tokenizer
 from lm.differences import differences, forbidden_on_resume
+from lm.evaluation.tasks import check_task
 from lm.fields import check_types
 from lm.generation import prompt_ids, room
 from lm.manifest import read_manifest
@@ -32,16 +33,18 @@ from lm.run_directory import CONFIG
 from lm.sharded_attention import choice
 from lm.training.budget import Budget
 from lm.training.replicated import check_devices
+from lm.training.task import task_evaluator
 from lm.training.texts import (
     Progress,
     Say,
+    Tokenizers,
     Validation,
     pipeline_of,
     say_texts,
     splits_of,
-    store_of,
     together,
-    tokenizer_of,
+    tokenizers_of,
+    tokens_of,
     validation_key,
 )
 from lm.validation import validate
@@ -63,6 +66,7 @@ class Start:
 
     `validation` holds each text by its name, "" for one without; the first says which checkpoint is best. `resume_from`
     is the checkpoint that the run continues, None for a new one; `initial` are the weights that a new one begins with.
+    `source_tokenizer` is the encoder's own; None: there is no encoder, or it uses the same as the decoder.
     """
 
     config: RunConfig
@@ -73,6 +77,11 @@ class Start:
     provenance: Mapping[str, str]
     resume_from: Path | None
     initial: Weights | None
+    source_tokenizer: Tokenizer | None = None
+
+    def save_tokenizers(self, folder: Path) -> None:
+        """Writes the tokenizers' files into a folder."""
+        checkpoint.save_tokenizers(folder, self.tokenizer, self.source_tokenizer)
 
     @property
     def step(self) -> int:
@@ -104,26 +113,30 @@ def prepare(
     rules = rules_of(config.parallel)
     check_devices(config.parallel, mesh, jax.device_count())
     check_batch(config.training.batch_size, config.training.gradient_accumulation, mesh)
-    choice(config.model, mesh, length=config.data.context, training=True)  # raises where that back end can't
-    choice(config.model, mesh, length=config.evaluation.window or config.data.context, training=False)
+    source_length = config.data.source_length
+    for length, training in ((config.data.context, True), (config.evaluation.window or config.data.context, False)):
+        # raises where that back end can't
+        choice(config.model, mesh, length=length, training=training, source_length=source_length)
     resume_from = _checkpoint_to_continue(config, workdir, say)
     with hosts.in_turn("the text"):
         splits = splits_of(config)
-        tokenizer = initial.tokenizer if initial is not None else tokenizer_of(config, splits, resume_from, progress)
-        assert tokenizer is not None
-        config = config.resolve(tokenizer.vocab_size)
+        used = tokenizers_of(config, splits, resume_from, progress) if initial is None else _tokenizers_of(initial)
+        tokenizer, source_tokenizer = used
+        config = _resolved(config, used)
         parameter_shardings(mesh, model_specs(config.model), rules)  # raises where the mesh doesn't divide it
         _check_sample(config, tokenizer)
-        stores = [store_of(part.corpus, tokenizer, config, progress) for part in splits.train]
+        stores = [tokens_of(part.corpus, used, config, progress) for part in splits.train]
         validation = {
-            name: Validation(text, store_of(text, tokenizer, config, progress))
-            for name, text in splits.validation.items()
+            name: Validation(text, tokens_of(text, used, config, progress)) for name, text in splits.validation.items()
         }
+        _check_task(config, used, validation)
     provenance = {
         "data_sha256": together([store.corpus_sha256 for store in stores]),
         **{validation_key(name): each.store.corpus_sha256 for name, each in validation.items()},
         "tokenizer_sha256": tokenizer.sha256,
     }
+    if source_tokenizer is not None:
+        provenance["source_tokenizer_sha256"] = source_tokenizer.sha256
     if resume_from:
         _check_provenance(workdir, read_manifest(resume_from).provenance, provenance)
     with hosts.in_turn("the rows"):
@@ -140,7 +153,7 @@ def prepare(
     if initial is not None:
         say(f"weights    from {initial.path}: {initial.num_parameters:,} parameters")
     weights = None if initial is None else Weights(initial.params)
-    return Start(config, tokenizer, pipeline, budget, validation, provenance, resume_from, weights)
+    return Start(config, tokenizer, pipeline, budget, validation, provenance, resume_from, weights, source_tokenizer)
 
 
 def _check_same_command(config: RunConfig, workdir: Path) -> None:
@@ -168,6 +181,31 @@ def _gone_on_from(config: RunConfig, workdir: Path, load: Callable[..., Loaded])
     if initial.tokenizer is None:
         raise InputError(f"--init-from {config.init_from} has no tokenizer: put its tokenizer.json or .model there")
     return config.going_on_from(initial.config.model), initial
+
+
+def _tokenizers_of(initial: Loaded) -> Tokenizers:
+    assert initial.tokenizer is not None, "looked at when it was opened"
+    return Tokenizers(initial.tokenizer, initial.source_tokenizer)
+
+
+def _resolved(config: RunConfig, used: Tokenizers) -> RunConfig:
+    """The config with what the tokenizers decide. Raises InputError where they don't fit an encoder–decoder."""
+    tokenizer, source = used
+    config = config.resolve(tokenizer.vocab_size, None if source is None else source.vocab_size, tokenizer.first_id)
+    if not config.model.has_encoder:
+        return config
+    if tokenizer.eos is None:
+        raise InputError(
+            f"the tokenizer ({tokenizer.kind}) has no EOS, by which an encoder_decoder ends what it writes: use one "
+            "that has"
+        )
+    start = config.model.start_id
+    if start is None or start >= config.model.vocabulary:
+        raise InputError(
+            f"model.start_id is {start}: give the id that targets follow, below {config.model.vocabulary}, or None for "
+            "the tokenizer's BOS or EOS"
+        )
+    return config
 
 
 def _checkpoint_to_continue(config: RunConfig, workdir: Path, say: Say) -> Path | None:
@@ -206,7 +244,7 @@ def _with_derived(config: RunConfig, saved: RunConfig) -> ModelConfig:
     """The model section with what the saved run derived in place of None, so that only choices are compared."""
     derived = {
         name: getattr(saved.model, name)
-        for name in ("vocab_size", "max_positions")
+        for name in ("vocab_size", "source_vocab_size", "start_id", "max_positions")
         if getattr(config.model, name) is None
     }
     return dataclasses.replace(config.model, **derived)
@@ -220,6 +258,13 @@ def _check_extras(config: RunConfig) -> None:
     for package, (name, on, off) in wanted.items():
         if on and importlib.util.find_spec(package) is None:
             raise InputError(f"{name} needs the package {package}: pip install {package}, or set it to {off}")
+    if config.evaluation.task is not None:
+        check_task(config.evaluation.task)
+
+
+def _check_task(config: RunConfig, used: Tokenizers, validation: Mapping[str, Validation]) -> None:
+    if (evaluator := task_evaluator(config, validation, in_loop=False)) is not None:
+        evaluator.check(Loaded(config, {}, used.tokenizer, 0, Path(), used.source))
 
 
 def _check_sample(config: RunConfig, tokenizer: Tokenizer) -> None:
@@ -238,6 +283,7 @@ def _check_sample(config: RunConfig, tokenizer: Tokenizer) -> None:
 
 def _check_provenance(workdir: Path, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
     kinds = {"data": "training text", "validation": "validation text", "tokenizer": "tokenizer"}
+    kinds["source"] = "tokenizer of sources"
     for name in now:
         what = kinds[name.partition("_")[0]]
         if saved.get(name) != now[name]:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lm.config import InputError, RunConfig
 from lm.model import LM
 from lm.nn.language_model import model_specs
+from lm.nn.source import Source
 from lm.parallel import parameter_shardings, replicated, rules_of
 
 Array = jax.Array
@@ -145,7 +146,8 @@ def _shardings_of(opt_state: Any, params: Any, shardings: Any, mesh: Mesh) -> An
 def _draw(cfg: RunConfig, optimizer: optax.GradientTransformation) -> TrainState:
     key = jax.random.fold_in(jax.random.key(cfg.training.seed), 0)  # 0: initialisation, 1: dropout
     model = dataclasses.replace(cfg.model, attention="reference")  # no parameter depends on it; kernels want long rows
-    params = LM(model).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    token = jnp.zeros((1, 1), jnp.int32)
+    params = LM(model).init(key, token, source=Source(token, token, token) if model.has_encoder else None)["params"]
     return _at_step_0(params, cfg, optimizer)
 
 

@@ -30,8 +30,8 @@ Array = jax.Array
 class Sums(NamedTuple):
     """What a step reports; scalars, float32 but for the counts.
 
-    objective: what the gradients are of, Σ weight · (nll + z_loss · log² Z). nats: Σ weight · nll of the batch before
-    the update. tokens: Σ weight. grad_norm: global norm before clipping. skipped: as in the state after the step.
+    objective: what the gradients are of, as `lm.nn.chunked_nll.head_loss` has it. nats: Σ weight · nll of the batch
+    before the update. tokens: Σ weight. grad_norm: global norm before clipping. skipped: as in the state after it.
     """
 
     objective: Array
@@ -103,6 +103,7 @@ def batch_loss(
     constrain: Constrain,
     attend: Attend | None = None,
     gather: Gather | None = None,
+    label_smoothing: float | None = None,
 ) -> tuple[Array, Array]:
     """(objective, nats) of a batch, summed over its tokens by their weights."""
     return language_model.loss(
@@ -118,6 +119,8 @@ def batch_loss(
         constrain=constrain,
         attend=attend,
         gather=gather,
+        source=batch.source,
+        label_smoothing=label_smoothing,
     )
 
 
@@ -149,7 +152,13 @@ def _accumulate(
 ) -> tuple[tuple[Array, Array], Any]:
     """(objective, nats) and the objective's gradient, over `gradient_accumulation` micro-batches one after another."""
     loss = functools.partial(
-        batch_loss, cfg=cfg.model, z_loss=cfg.training.z_loss, constrain=constrain, attend=attend, gather=gather
+        batch_loss,
+        cfg=cfg.model,
+        z_loss=cfg.training.z_loss,
+        label_smoothing=cfg.training.label_smoothing,
+        constrain=constrain,
+        attend=attend,
+        gather=gather,
     )
 
     def sums(batch_b: Batch, keys_b: Array | None) -> tuple[tuple[Array, Array], Any]:

@@ -26,7 +26,8 @@ def test_text_is_one_document_a_file_in_the_order_of_the_ids(tmp_path):
     write(tmp_path, b="two\r\nlines", a="one")
     write(tmp_path / "deep", c="three")
     corpus = open_corpus(f"text:{tmp_path}/**/*.txt")
-    assert list(corpus) == [("a.txt", "one", ""), ("b.txt", "two\r\nlines", ""), ("deep/c.txt", "three", "")]
+    found = [("a.txt", "one", "", ()), ("b.txt", "two\r\nlines", "", ()), ("deep/c.txt", "three", "", ())]
+    assert list(corpus) == found
     assert list(corpus.scan()) == list(zip(corpus, (3, 13, 18), strict=True))
     assert corpus.size == 18
 
@@ -66,7 +67,7 @@ def test_what_is_not_text_is_named_by_its_offset(tmp_path):
 def test_document_separator_splits_files(tmp_path):
     write(tmp_path, a="one<|>two<|>", b="<|>three")
     corpus = open_corpus(f"text:{tmp_path}/*.txt", document_separator="<|>")
-    assert list(corpus) == [("a.txt#0", "one", ""), ("a.txt#1", "two", ""), ("b.txt#0", "three", "")]
+    assert list(corpus) == [("a.txt#0", "one", "", ()), ("a.txt#1", "two", "", ()), ("b.txt#0", "three", "", ())]
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 1000])
@@ -118,8 +119,8 @@ def test_one_document_is_cut_at_nine_tenths_of_its_characters(tmp_path):
     text = "".join(chr(0x4E00 + n) for n in range(97))
     write(tmp_path, book=text)
     train, validation = halves(f"text:{tmp_path}/book.txt")
-    assert list(train) == [("book.txt[train]", text[: int(97 * 0.9)], "")]
-    assert list(validation) == [("book.txt[validation]", text[int(97 * 0.9) :], "")]
+    assert list(train) == [("book.txt[train]", text[: int(97 * 0.9)], "", ())]
+    assert list(validation) == [("book.txt[validation]", text[int(97 * 0.9) :], "", ())]
 
 
 def test_documents_are_held_out_by_the_hash_of_their_id(tmp_path):
@@ -194,8 +195,8 @@ def test_a_mix_holds_out_of_each_component_by_its_own_rule(tmp_path):
     alone = halves(f"jsonl:{tmp_path}/a.jsonl")[1]
     found = list(validation.scan())
     assert [document for document, _ in found] == [
-        ("0:book.txt[validation]", "9", ""),
-        *((f"1:{name}", text, prompt) for name, text, prompt in alone),
+        ("0:book.txt[validation]", "9", "", ()),
+        *((f"1:{name}", *rest) for name, *rest in alone),
     ]
     assert found[-1][1] <= validation.size
     again = open_corpus(validation.source)

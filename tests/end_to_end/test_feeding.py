@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lm.data.corpus import open_corpus
+from lm.data.packing import arrays_of
 from lm.data.pipeline import Pipeline
 from lm.data.rows import make_rows
 from lm.data.tokenizer import ByteTokenizer
@@ -27,6 +28,7 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
 from lm.config import ParallelConfig
 from lm.data.corpus import open_corpus
+from lm.data.packing import arrays_of
 from lm.data.pipeline import Pipeline
 from lm.data.rows import make_rows
 from lm.data.tokenizer import ByteTokenizer
@@ -44,12 +46,12 @@ for _ in range(3):
     batch = next(batches)
     assert len(batch.tokens_BT) == 8 // int(processes), "a process reads its own rows alone"
     whole = process_allgather(put_rows(mesh, batch), tiled=True)
-    found.append([np.asarray(array).tolist() for array in whole])
+    found.append([np.asarray(array).tolist() for array in arrays_of(whole)])
 batches.close()
 # a mesh on which the devices of processes alternate, as on some tori: a process reads more than it needs
 apart = Mesh(mesh.devices.reshape(2, -1).T.reshape(mesh.devices.shape), mesh.axis_names)
 whole = process_allgather(put_rows(apart, pipeline.batch_at(int(first), own_rows(apart, 8))), tiled=True)
-assert [np.asarray(array).tolist() for array in whole] == found[0], "rows that lie apart"
+assert [np.asarray(array).tolist() for array in arrays_of(whole)] == found[0], "rows that lie apart"
 if int(number) == 0:
     print(json.dumps(found))
 """
@@ -70,5 +72,5 @@ def test_processes_and_threads_change_no_batch(source, processes, threads, first
     rows = make_rows(store, context=32, packing="split", prompt_loss=False)
     pipeline = Pipeline([(1.0, rows)], batch_size=8, seed=3)
     for step, batch in enumerate(json.loads(results[0].stdout.splitlines()[-1]), start=first):
-        for found, expected in zip(batch, pipeline.batch_at(step), strict=True):
+        for found, expected in zip(batch, arrays_of(pipeline.batch_at(step)), strict=True):
             np.testing.assert_array_equal(found, expected)

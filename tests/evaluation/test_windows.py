@@ -36,7 +36,7 @@ def test_packed_rows_hold_the_windows(rows):
     found = [(n, ids, w) for n, ids in enumerate(texts) for w in windows(len(ids), window=8, stride=3)]
     left = iter(found)
     for packed in pack(found, rows=rows, length=10):
-        tokens, targets, weights, segments, positions = packed.batch
+        tokens, targets, weights, segments, positions, _ = packed.batch
         assert tokens.shape == packed.columns_RW.shape == (rows, 10)
         assert packed.scored == weights.sum(axis=1).max()
         for piece in packed.pieces:

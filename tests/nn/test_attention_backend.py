@@ -46,6 +46,11 @@ PICKED = [
     ({"dropout": 0.1}, H100._replace(dropout=True), "reference", "model.dropout 0.1"),
     ({"attention_softcap": 50.0, "window": 64}, TPU, "splash", "fused kernel of TPUs"),
     ({"compute_dtype": "float32"}, TPU, "reference", "not splash"),
+    ({}, H100._replace(source_length=513), "reference", "even length and these have 513"),
+    ({}, CPU._replace(source_length=8192), "blockwise", "8192 x 8192"),
+    ({"positions": "relative"}, LONG_CPU, "reference", "relative positions"),
+    ({"positions": "relative"}, H100, "reference", "not cudnn: model.positions 'relative' adds to scores"),
+    ({"positions": "relative"}, TPU, "reference", "not splash"),
     ({"attention": "reference"}, LONG_CPU, "reference", "says so"),
     ({"attention": "blockwise"}, H100, "blockwise", "says so"),
 ]

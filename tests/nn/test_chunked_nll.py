@@ -88,8 +88,8 @@ def test_any_chunk_gives_the_whole_loss_and_gradients(form):
 
 
 @pytest.mark.parametrize("chunk", [12, 5])
-@pytest.mark.parametrize("z_loss", [None, 0.1])
-def test_the_objective_is_nats_and_log_z_squared(chunk, z_loss):
+@pytest.mark.parametrize(("z_loss", "smoothing"), [(None, None), (0.1, None), (None, 0.1), (0.1, 0.2)])
+def test_the_objective_is_nats_and_log_z_squared_and_smoothed(chunk, z_loss, smoothing):
     """Against `jax.grad` of the formula itself, with a factor on the objective: float32, another order of sums."""
     params, x_BTD, targets_BT, weights_BT = example(2, 12, tied=False, bias=True, rows=64)
 
@@ -98,17 +98,38 @@ def test_the_objective_is_nats_and_log_z_squared(chunk, z_loss):
         logits_BTV = logits_BTV[..., :VOCABULARY]
         log_z_BT = jnp.log(jnp.exp(logits_BTV).sum(-1))
         nll_BT = log_z_BT - jnp.take_along_axis(logits_BTV, targets_BT[..., None], -1)[..., 0]
-        return 3.0 * jnp.sum(weights_BT * (nll_BT + (z_loss or 0.0) * log_z_BT**2)), jnp.sum(weights_BT * nll_BT)
+        soft_BTV = (1.0 - (smoothing or 0.0)) * jax.nn.one_hot(targets_BT, VOCABULARY) + (smoothing or 0.0) / VOCABULARY
+        minimised_BT = jnp.sum(soft_BTV * (log_z_BT[..., None] - logits_BTV), -1) + (z_loss or 0.0) * log_z_BT**2
+        return 3.0 * jnp.sum(weights_BT * minimised_BT), jnp.sum(weights_BT * nll_BT)
 
     def ours(params, x_BTD):
         objective, nats = head_loss(
             params, x_BTD, targets_BT, weights_BT, vocabulary=VOCABULARY, softcap=2.0, z_loss=z_loss,
-            numerics=numerics("float32"), constrain=unconstrained, chunk=chunk,
+            numerics=numerics("float32"), constrain=unconstrained, chunk=chunk, label_smoothing=smoothing,
         )  # fmt: skip
         return 3.0 * objective, nats
 
     got, wanted = (jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(params, x_BTD) for f in (ours, plain))
     assert_same(got, wanted, loss=1e-5, gradient=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [12, 5])
+def test_label_smoothing_moves_the_objective_and_not_the_nats(chunk):
+    """Against NumPy in float64, with rows of padding in the vocabulary: ε is spread over the real ids alone."""
+    params, x_BTD, targets_BT, weights_BT = example(2, 12, tied=False, bias=True, rows=64)
+    objective, nats = head_loss(
+        params, x_BTD, targets_BT, weights_BT, vocabulary=VOCABULARY, softcap=None, z_loss=None,
+        numerics=numerics("float32"), constrain=unconstrained, chunk=chunk, label_smoothing=0.1,
+    )  # fmt: skip
+    kernel, bias, x, weights = (
+        np.asarray(a, np.float64) for a in (params["head"]["kernel"], params["head"]["bias"], x_BTD, weights_BT)
+    )
+    logits = (x @ kernel + bias)[..., :VOCABULARY]
+    minus_log_p = np.log(np.exp(logits).sum(-1, keepdims=True)) - logits
+    nll = np.take_along_axis(minus_log_p, np.asarray(targets_BT)[..., None], -1)[..., 0]
+    wanted = (weights * (0.9 * nll + 0.1 * minus_log_p.mean(-1))).sum()
+    np.testing.assert_allclose([objective, nats], [wanted, (weights * nll).sum()], rtol=1e-5)
+    assert abs(objective - nats) > 0.01
 
 
 def test_each_loss_has_a_gradient_too():

@@ -11,7 +11,8 @@ import pytest
 
 from lm.config import DataConfig, LayerKind, ModelConfig, RunConfig
 from lm.nn import language_model, params
-from lm.nn.attention import attend
+from lm.nn.attention import AttentionMask, attend
+from lm.nn.encoder import encode
 
 from ..conftest import SHAPES, VOCABULARY, resolved
 from .test_language_model import POSITIONS, SEGMENTS, B, T, apply, tokens, weights_of
@@ -79,10 +80,10 @@ def test_windows_add_up_over_the_layers():
     x_BTD = jax.random.normal(jax.random.key(0), (1, T, 32))
 
     def stack(x_BTD):
-        mask = language_model.AttentionMask(causal=True)
+        mask = AttentionMask(causal=True)
         positions = jnp.arange(T)[None]
         constrain = language_model.unconstrained
-        y, _ = language_model.encode(
+        y, _ = encode(
             tree["layers"], x_BTD, positions, mask, None, cfg=cfg, dropout=None, constrain=constrain, attend=attend
         )
         return y[0] @ jax.random.normal(jax.random.key(5), (32,))

@@ -148,6 +148,13 @@ def test_several_validation_sets_are_named():
     assert "step 3  validation wiki loss 1.0000" in text and "step 3  validation code loss 2.0000" in text
 
 
+def test_what_a_model_wrote_has_a_line_of_its_own():
+    text = shown(console(False), 9, [{**evaluation(3), "eval/bleu": 31.234, "eval/chrf": 55.5}])
+    assert "step 3  validation loss 1.5000" in text and "step 3  validation BLEU 31.23  chrF 55.50\n" in text
+    text = shown(console(True), 9, [{"step": 4, "eval/rouge1": 30.0, "eval/rougeL": 20.0, "eval/rougeLsum": 20.0}])
+    assert "step 4  validation ROUGE-1 30.00  ROUGE-L 20.00\n" in text
+
+
 def test_a_terminal_gets_a_bar_with_lines_above_it():
     records = [
         *(training(step, **{"train/tokens_per_second": 1e6}) for step in range(1, 11)),

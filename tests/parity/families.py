@@ -118,3 +118,57 @@ FAMILIES = {
         (Q_NORMS,),
     ),
 }
+
+# Encoder-decoders, as transformers 4 wrote their config.json.
+T5 = {
+    **{"model_type": "t5", "vocab_size": 61, "d_model": 24, "d_kv": 5, "d_ff": 40, "num_heads": 4},
+    **{"num_layers": 2, "num_decoder_layers": 1, "relative_attention_num_buckets": 8, "dropout_rate": 0.1},
+    **{"relative_attention_max_distance": 12, "layer_norm_epsilon": 1e-5, "initializer_factor": 1.0},
+    **{"feed_forward_proj": "relu", "is_encoder_decoder": True, "n_positions": 40, "torch_dtype": "float32"},
+    **{"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1, "output_past": True},
+}
+DISTANCES = (
+    *({"relative_max_distance": 10}, {"relative_max_distance": 14}),
+    *({"positions": "none"}, {"attention_scale": None}),
+)
+
+
+class PairFamily(NamedTuple):
+    """As Family. `own_head`: the head isn't the embedding table; `changes` only of what the parameters allow."""
+
+    config: dict[str, Any]
+    own_head: bool
+    changes: tuple[dict[str, Any], ...]
+
+
+PAIR_FAMILIES = {
+    "t5": PairFamily(
+        T5, False, (EPSILON, *DISTANCES, {"activation": "gelu_tanh"}, {"logit_scale": None}, {"logit_scale": 0.2})
+    ),
+    "flan-t5": PairFamily(
+        {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_decoder_layers": 2, "d_kv": 6},
+        True,
+        (EPSILON, {"activation": "swiglu"}, {"logit_scale": 24**-0.5}),
+    ),
+    "t5-defaults": PairFamily(
+        {"model_type": "t5", "vocab_size": 67, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "num_layers": 1},
+        False,
+        ({"relative_max_distance": 64}, EPSILON),
+    ),
+    "t5-silu": PairFamily(
+        {
+            **T5,
+            "feed_forward_proj": "gated-silu",
+            "num_layers": 1,
+            "num_decoder_layers": 2,
+            "decoder_start_token_id": 3,
+        },
+        False,
+        ({"activation": "geglu"},),
+    ),
+    "mt5": PairFamily(
+        {**T5, "model_type": "mt5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        True,
+        ({"logit_scale": 24**-0.5},),
+    ),
+}

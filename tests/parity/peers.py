@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -112,17 +114,44 @@ def randomized(model, *, table_std: float, gain: float):
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim > 1:
-                table = name == "encoder.weight" or any(part in name for part in ("embed", "wte", "wpe"))
+                table = name == "encoder.weight" or any(part in name for part in ("embed", "wte", "wpe", "shared"))
                 std = (
                     table_std
                     if table
-                    else weight.shape[-1] ** -0.5 * (gain if ".layers." in name or ".h." in name else 1)
+                    else weight.shape[-1] ** -0.5
+                    * (gain if any(part in name for part in (".layers.", ".h.", ".block.")) else 1)
                 )
                 weight.normal_(0, std, generator=generator)
             else:
                 norm = name.endswith("weight")
                 weight.normal_(1.0 if norm else 0.0, 0.3, generator=generator)
     return model.eval()
+
+
+def random_pair_model(family, folder: Path, dtype: str = "float32"):
+    """An encoder-decoder of a PairFamily with every weight drawn, and its folder, as transformers saves it.
+
+    Sources are `some_ids`, decoding starts with config's decoder_start_token_id, of T5 0.
+    """
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(family.config))
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    if family.own_head:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    # A tied head gives the token that was read, if its own embedding is large beside what the layers add to it.
+    model = randomized(model, table_std=0.5 if family.own_head else 0.12, gain=1.25)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("Attention.q.weight"):  # scores aren't divided by the width of a head
+                weight.mul_(config.d_kv**-0.5)
+            if name.endswith("EncDecAttention.o.weight"):  # so that what is written depends on the source
+                weight.mul_(2.0)
+        if not family.own_head:  # the table is small, and so would all logits be
+            model.decoder.final_layer_norm.weight.mul_(16.0)
+    model = model.to(getattr(torch, dtype))
+    model.save_pretrained(folder)
+    return model.to(torch.float32)
 
 
 def weights(model) -> dict[str, np.ndarray]:

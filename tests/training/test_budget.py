@@ -69,3 +69,14 @@ def test_peaks_of_known_devices():
     assert peak_flops(Device()) == 989e12
     Device.device_kind = "cpu"
     assert peak_flops(Device()) is None
+
+
+def test_flops_of_an_encoder_by_hand():
+    """bart: 3 decoder layers of width 32 and 2 of the encoder; a row has 24 targets and 12 ids of a source."""
+    cfg = run_config("bart").model
+    square, rows = 32 * 32, 12 / 24
+    decoder = 3 * (12 * square + 2 * square)  # self-attention and feed-forward; q and out of cross-attention
+    matrices = decoder + 64 * 32 + rows * (3 * 2 * square + 2 * 12 * square)
+    keys = 3 * 24 + 3 * 12 + rows * 2 * 12
+    assert flops_per_token(cfg, 24, 12) == 6 * matrices + 12 * 32 * keys
+    assert flops_per_token(cfg, 24) == flops_per_token(cfg, 24, 24)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
+import time
 
 import jax
 import numpy as np
 import pytest
 
-from lm.config import InputError, RunConfig, TrainingConfig
+from lm import checkpoint
+from lm.checkpoint import CheckpointWriter
+from lm.config import EvaluationConfig, InputError, RunConfig, TrainingConfig
+from lm.evaluation.perplexity import Scores
 from lm.training import loop, transfers
 from lm.training.budget import Budget
 from lm.training.signals import StopRequest
@@ -69,6 +74,68 @@ def test_a_run_that_is_given_up_is_so_though_the_step_under_way_recovers():
 
     with pytest.raises(InputError, match="diverged: .* more than 10 steps in a row"):
         train(step, [])
+
+
+def one_step(state, batch, progress):
+    numbers = dict.fromkeys(Sums._fields, np.float32(1)) | {"skipped": Skipped(np.int32(0), np.int32(0))}
+    return state, Sums(**numbers)
+
+
+@pytest.mark.parametrize(("best", "step"), [("nats", 1), ("task", 3)])
+def test_the_best_checkpoint_is_chosen_by_what_the_config_says(tmp_path, best, step):
+    """The nats rise from the first step on, while BLEU rises to the third and falls again."""
+    how = EvaluationConfig(every_steps=1, task="translation", task_every_steps=1, best=best)
+    cfg = RunConfig(training=TrainingConfig(steps=STEPS), evaluation=how)
+    nats, bleu = iter([1.0, 1.1, 1.2, 1.3]), iter([10.0, 20.0, 30.0, 5.0])
+    written, saved = [], []
+    with CheckpointWriter(tmp_path, config=cfg, save_tokenizer=None, provenance={}, keep=1) as writer:
+
+        def save(number, state, seconds, metrics):
+            saved.append(number)
+            writer.save(number, {"params": {"w": np.zeros(1)}}, metrics)
+
+        hands = loop.Hands(
+            one_step,
+            itertools.repeat(None),
+            lambda params: {"": Scores(next(nats), 1, 1, 1, 1, None, {}, 1.0)},
+            save,
+            written.append,
+            evaluate_task=lambda step, params: {"eval/bleu": next(bleu)},
+        )
+        loop.train(
+            TrainState(np.int32(0), {}, ()), 0, 0.0, math.inf, cfg=cfg, hands=hands, tokens_per_step=1,
+            budget=Budget.of(cfg.training, warmup_steps=0, tokens_per_step=1, rows_per_epoch=1), flops_per_token=1.0,
+            peak_flops=None, stop=StopRequest(),
+        )  # fmt: skip
+    assert saved == ([1, 4] if best == "nats" else [1, 2, 3, 4])
+    assert checkpoint.best_step(tmp_path) == step
+    assert checkpoint.steps(tmp_path) == [step, 4]  # the best stays beside the newest
+    evaluations = [record for record in written if "eval/bleu" in record]
+    assert [(each["step"], each["eval/nats_per_token"], each["eval/bleu"]) for each in evaluations] == [
+        (1, 1.0, 10.0), (2, 1.1, 20.0), (3, 1.2, 30.0), (4, 1.3, 5.0)
+    ]  # fmt: skip
+
+
+def test_writing_texts_is_time_of_training_but_not_of_its_speed():
+    cfg = RunConfig(
+        training=TrainingConfig(steps=3), evaluation=EvaluationConfig(task="translation", task_every_steps=2)
+    )
+    written = []
+
+    def write_texts(step, params):
+        time.sleep(0.5)
+        return {"eval/bleu": 1.0}
+
+    hands = loop.Hands(
+        one_step, itertools.repeat(None), lambda params: {}, lambda *_: None, written.append, evaluate_task=write_texts
+    )
+    loop.train(
+        TrainState(np.int32(0), {}, ()), 0, 0.0, math.inf, cfg=cfg, hands=hands, tokens_per_step=100,
+        budget=Budget.of(cfg.training, warmup_steps=0, tokens_per_step=100, rows_per_epoch=1), flops_per_token=1.0,
+        peak_flops=None, stop=StopRequest(),
+    )  # fmt: skip
+    last = written[-1]
+    assert last["step"] == 3 and last["seconds"] > 0.5 and last["train/tokens_per_second"] > 1000
 
 
 @pytest.fixture

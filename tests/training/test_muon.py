@@ -68,6 +68,28 @@ def test_every_matrix_of_every_layer_is_orthogonalised_by_itself():
             np.testing.assert_allclose(got, wanted, atol=1e-4 * np.abs(wanted).max(), err_msg=name)
 
 
+def test_cross_attention_and_the_encoders_layers_are_matrices_too():
+    """Keys and values apart, and the encoder's layers as the decoder's; its own table is AdamW's."""
+    model = run_config("bart").model
+    specs, grads = gradients(model)
+    found = update_of(model, grads, specs)
+    D, H = model.d_model, model.head_width
+    cross, got = grads["layers"]["cross_attention"], found["layers"]["cross_attention"]
+    for layer in range(model.num_layers):
+        for wanted, ours in (
+            (cross["q"][layer].reshape(D, -1), got["q"][layer].reshape(D, -1)),
+            (cross["kv"][layer][..., :H].reshape(D, -1), got["kv"][layer][..., :H].reshape(D, -1)),
+            (cross["kv"][layer][..., H:].reshape(D, -1), got["kv"][layer][..., H:].reshape(D, -1)),
+            (cross["out"][layer].reshape(-1, D), got["out"][layer].reshape(-1, D)),
+        ):
+            np.testing.assert_allclose(ours, reference(wanted), atol=1e-4)
+    up, ours = (tree["encoder"]["layers"]["feed_forward"]["up"] for tree in (grads, found))
+    for layer in range(model.source_layers):
+        np.testing.assert_allclose(ours[layer], reference(up[layer]), atol=1e-4)
+    table = found["encoder"]["embed"]["tokens"]
+    np.testing.assert_allclose(np.abs(table), 1, rtol=1e-3)  # Adam's first step
+
+
 def test_singular_values_come_near_one_and_zero_stays_zero():
     x_ZRC = jax.random.normal(jax.random.key(0), (3, 16, 40)).at[2].set(0.0)
     found = newton_schulz(x_ZRC, steps=5, numerics=numerics("float32"))

@@ -75,7 +75,8 @@ class Dataset(Reader):
                 sides = [self._text(record, feature, index) for feature in self.features]
                 name = self._text(record, self.id_feature, index) if self.id_feature else f"{self.split}#{index}"
                 position = size * (index + 1) // len(records)
-                yield document.of_sides(name, sides, self.pair_separator), position
+                place = f"{self._builder.info.full_name}, split {self.split}, record {index}"
+                yield document.of_sides(name, sides, self.pair_separator, place=place), position
 
     @functools.cached_property
     def _builder(self) -> tfds.core.DatasetBuilder:

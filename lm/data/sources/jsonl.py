@@ -9,7 +9,7 @@ from typing import Any
 
 from lm.config import InputError
 from lm.data.sources import document, files, stream
-from lm.data.sources.document import Document
+from lm.data.sources.document import Document, Side
 from lm.data.sources.files import File
 from lm.data.sources.reader import FilesReader, Reading
 from lm.data.sources.source import Source
@@ -18,7 +18,10 @@ from lm.fields import nearest
 
 @dataclasses.dataclass(frozen=True)
 class JsonLines(FilesReader):
-    """The text of a field, or a pair's of two; `a.b` is the field b of the object a. Ids are PATH#LINE."""
+    """The text of a field, or a pair's of two; `a.b` is the field b of the object a. Ids are PATH#LINE.
+
+    A field is a string or a list of strings, as `document.of_sides` reads it.
+    """
 
     fields: tuple[str, ...]
     pair_separator: str
@@ -31,7 +34,8 @@ class JsonLines(FilesReader):
                 place = f"{file.path}, line {line.number}"
                 record = _record(line.text, place)
                 sides = [_text(record, field, place) for field in self.fields]
-                yield document.of_sides(f"{file.id}#{line.number}", sides, self.pair_separator), line.position
+                name = f"{file.id}#{line.number}"
+                yield document.of_sides(name, sides, self.pair_separator, place=place), line.position
 
 
 def reader(source: Source, reading: Reading) -> JsonLines:
@@ -50,7 +54,7 @@ def _record(line: str, place: str) -> dict[str, Any]:
     return record
 
 
-def _text(record: dict[str, Any], field: str, place: str) -> str:
+def _text(record: dict[str, Any], field: str, place: str) -> Side:
     value: Any = record
     if field in record:
         value = record[field]
@@ -63,18 +67,25 @@ def _text(record: dict[str, Any], field: str, place: str) -> str:
                     "as #FIELD at the end of the source"
                 )
             value = value[part]
-    if not isinstance(value, str):
-        raise InputError(f"{place}: the field {field!r} is {json.dumps(value)[:40]}, not a string")
-    # JSON can write half of a character, "\\ud800", which is no text.
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"{place}: the field {field!r} holds {ascii(value[error.start])}, half of a surrogate pair, at its "
-                f"character {error.start}: leave it out"
-            ) from error
+    strings = value if isinstance(value, list) else [value]
+    if not all(isinstance(one, str) for one in strings):
+        raise InputError(f"{place}: the field {field!r} is {json.dumps(value)[:40]}, not a string or a list of strings")
+    for one in strings:
+        _check_characters(one, field, place)
     return value
+
+
+def _check_characters(text: str, field: str, place: str) -> None:
+    """JSON can write half of a character, "\\ud800", which is no text."""
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{place}: the field {field!r} holds {ascii(text[error.start])}, half of a surrogate pair, at its "
+            f"character {error.start}: leave it out"
+        ) from error
 
 
 def _names(record: dict[str, Any]) -> list[str]:

@@ -26,11 +26,11 @@ class TabSeparated(FilesReader):
                 if not line.text.strip():
                     continue
                 sides = line.text.split("\t", 2)[:2]
+                place = f"{file.path}, line {line.number}"
                 if len(sides) < 2:
-                    raise InputError(
-                        f"{file.path}, line {line.number} has no TAB between source and target: {line.text[:40]!r}"
-                    )
-                yield document.of_sides(f"{file.id}#{line.number}", sides, self.pair_separator), line.position
+                    raise InputError(f"{place} has no TAB between source and target: {line.text[:40]!r}")
+                name = f"{file.id}#{line.number}"
+                yield document.of_sides(name, sides, self.pair_separator, place=place), line.position
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +59,10 @@ class TwoFiles(Reader):
                         f"{self.first.path} has {counts[0]} lines and {self.second.path} has {counts[1]}: line N of "
                         "one must be the translation of line N of the other"
                     )
-                yield (
-                    document.of_sides(f"{self.first.id}#{number}", [source.text, target.text], self.pair_separator),
-                    min(source.position, self.first.size) + min(target.position, self.second.size),
-                )
+                name, sides = f"{self.first.id}#{number}", (source.text, target.text)
+                place = f"line {number} of {self.first.path} and {self.second.path}"
+                position = min(source.position, self.first.size) + min(target.position, self.second.size)
+                yield document.of_sides(name, sides, self.pair_separator, place=place), position
 
 
 def tsv(source: Source, reading: Reading) -> TabSeparated:

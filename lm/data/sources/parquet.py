@@ -12,7 +12,7 @@ from pyarrow import compute, parquet
 
 from lm.config import InputError
 from lm.data.sources import document, files
-from lm.data.sources.document import Document
+from lm.data.sources.document import Document, Side
 from lm.data.sources.files import File
 from lm.data.sources.reader import FilesReader, Reading
 from lm.data.sources.source import Source
@@ -26,7 +26,7 @@ BATCH_ROWS = 256
 class Parquet(FilesReader):
     """The text of a column, or a pair's of two; `a.b` is the field b of the struct a. Ids are PATH#ROW, from 0.
 
-    A null is no text.
+    A column holds strings or lists of strings, as `document.of_sides` reads them. A null is no text.
     """
 
     fields: tuple[str, ...]
@@ -42,7 +42,8 @@ class Parquet(FilesReader):
                 columns = [_texts(batch, field, file, row) for field in self.fields]
                 for sides in zip(*columns, strict=True):
                     position = file.size * (row + 1) // table.metadata.num_rows
-                    yield document.of_sides(f"{file.id}#{row}", sides, self.pair_separator), position
+                    name, place = f"{file.id}#{row}", f"{file.path}, row {row}"
+                    yield document.of_sides(name, sides, self.pair_separator, place=place), position
                     row += 1
 
 
@@ -74,10 +75,12 @@ def _check(schema: pa.Schema, field: str, file: File) -> None:
     if (twice := [name for name, _ in _columns(schema)].count(field)) > 1:
         raise InputError(f"{file.path} has {twice} columns named {field!r}: give them different names")
     kind = columns[field]
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise InputError(f"{file.path}: the column {field!r} holds {columns[field]}, not strings")
+        raise InputError(f"{file.path}: the column {field!r} holds {columns[field]}, not strings or lists of them")
 
 
 def _columns(fields: Any, prefix: str = "") -> Iterator[tuple[str, pa.DataType]]:
@@ -88,21 +91,27 @@ def _columns(fields: Any, prefix: str = "") -> Iterator[tuple[str, pa.DataType]]
             yield from _columns(field.type, f"{prefix}{field.name}.")
 
 
-def _texts(batch: pa.RecordBatch, field: str, file: File, row: int) -> list[str]:
+def _texts(batch: pa.RecordBatch, field: str, file: File, row: int) -> list[Side]:
     names = [field] if field in batch.schema.names else field.split(".")
     column = batch.column(names[0])
     for name in names[1:]:
         column = compute.struct_field(column, name)
     try:
-        return [text or "" for text in column.to_pylist()]
+        return [_text(value) for value in column.to_pylist()]
     except UnicodeDecodeError as error:
-        bad = next(index for index, text in enumerate(column.cast(pa.binary()).to_pylist()) if not _utf8(text))
+        kind = pa.list_(pa.binary()) if pa.types.is_nested(column.type) else pa.binary()
+        bad = next(index for index, value in enumerate(column.cast(kind).to_pylist()) if not _utf8(value))
         raise InputError(f"{file.path}, row {row + bad}: the column {field!r} is not UTF-8") from error
 
 
-def _utf8(data: bytes | None) -> bool:
+def _text(value: str | list[str | None] | None) -> Side:
+    return [text or "" for text in value] if isinstance(value, list) else value or ""
+
+
+def _utf8(data: bytes | list[bytes | None] | None) -> bool:
     try:
-        (data or b"").decode("utf-8")
+        for one in data if isinstance(data, list) else [data]:
+            (one or b"").decode("utf-8")
     except UnicodeDecodeError:
         return False
     return True

@@ -38,7 +38,25 @@ def test_a_field_may_have_a_dot_in_its_name(tmp_path):
 def test_pairs_of_fields(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"t": {"en": "one", "de": "eins"}}))
     (document,) = open_corpus(f"pairs:jsonl:{tmp_path}/a.jsonl#t.en,t.de", pair_separator=" => ")
-    assert document == ("a.jsonl#1", "eins", "one => ")
+    assert document == ("a.jsonl#1", "eins", "one => ", ())
+
+
+def test_a_list_of_strings_is_a_text_and_as_a_second_side_several_wordings_of_one(tmp_path):
+    rows = [{"s": ["One.", "Two."], "t": [" ", "1 2", "one two"]}, {"s": "Three.", "t": "3"}, {"s": [], "t": [""]}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    corpus = open_corpus(f"pairs:jsonl:{tmp_path}/a.jsonl#s,t", pair_separator="")
+    assert list(corpus) == [("a.jsonl#1", "1 2", "One. Two.", ("one two",)), ("a.jsonl#2", "3", "Three.", ())]
+    assert [document.references for document in corpus] == [("1 2", "one two"), ("3",)]
+    assert corpus.skipped == 1
+    assert [document.text for document in open_corpus(f"jsonl:{tmp_path}/a.jsonl#s")] == ["One. Two.", "Three."]
+
+
+@pytest.mark.parametrize("row", [{"s": ["a"], "t": []}, {"s": " ", "t": "b"}])
+def test_a_pair_with_an_empty_side_is_named(tmp_path, row):
+    (tmp_path / "a.jsonl").write_text('{"s": "a", "t": "b"}\n' + json.dumps(row))
+    side = r"first \(source\)" if row["s"] == " " else r"second \(target\)"
+    with pytest.raises(InputError, match=f"a.jsonl, line 2: the {side} side of the pair is empty: give it a text"):
+        list(open_corpus(f"pairs:jsonl:{tmp_path}/a.jsonl#s,t"))
 
 
 @pytest.mark.parametrize(
@@ -52,7 +70,9 @@ def test_pairs_of_fields(tmp_path):
             b'{"txt": "x", "m": {"a": 1}}',
             "line 2 has no field 'text' .did you mean 'txt'.*: its fields are txt, m, m.a",
         ),
-        (b'{"text": 7}', "line 2: the field 'text' is 7, not a string"),
+        (b'{"text": 7}', "line 2: the field 'text' is 7, not a string or a list of strings"),
+        (b'{"text": ["x", 7]}', "line 2: the field 'text' is ..x., 7., not a string or a list"),
+        (b'{"text": ["x", "\\ud800"]}', "line 2: the field 'text' holds '.ud800', half of a surrogate pair"),
         (b'{"text": null}', "line 2: the field 'text' is null, not a string"),
         (b'{"text": "ab\\ud800c"}', "line 2: the field 'text' holds '.ud800', half of a surrogate pair"),
         (b'{"text": "\xe9"}', "line 2 is not UTF-8: byte 0xe9 at offset 10"),

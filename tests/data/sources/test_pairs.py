@@ -7,11 +7,11 @@ from lm.data.corpus import open_corpus, open_splits
 
 
 def test_columns_of_a_file(tmp_path):
-    (tmp_path / "a.tsv").write_bytes(b'one\teins\tmore\tand more\r\n\n "two" \tzw\x65i\n\t\nthree\t\n')
+    (tmp_path / "a.tsv").write_bytes(b'one\teins\tmore\tand more\r\n\n "two" \tzw\x65i\n\t\n')
     (tmp_path / "b.tsv.gz").write_bytes(gzip.compress(b"four\tvier"))
     corpus = open_corpus(f"pairs:{tmp_path}/*.tsv*".replace("*.tsv*", "a.tsv"))
-    assert list(corpus) == [("a.tsv#1", "eins", "one\n"), ("a.tsv#3", "zwei", ' "two" \n'), ("a.tsv#5", "", "three\n")]
-    assert list(open_corpus(f"pairs:{tmp_path}/*.tsv.gz", pair_separator="|")) == [("b.tsv.gz#1", "vier", "four|")]
+    assert list(corpus) == [("a.tsv#1", "eins", "one\n", ()), ("a.tsv#3", "zwei", ' "two" \n', ())]
+    assert list(open_corpus(f"pairs:{tmp_path}/*.tsv.gz", pair_separator="|")) == [("b.tsv.gz#1", "vier", "four|", ())]
 
 
 def test_a_line_without_a_tab_is_named(tmp_path):
@@ -20,12 +20,23 @@ def test_a_line_without_a_tab_is_named(tmp_path):
         list(open_corpus(f"pairs:{tmp_path}/a.tsv"))
 
 
+@pytest.mark.parametrize(("line", "side"), [("three\t", "second .target."), (" \tdrei", "first .source.")])
+def test_a_pair_with_an_empty_side_is_named(tmp_path, line, side):
+    (tmp_path / "a.tsv").write_text(f"one\teins\n\n{line}\n")
+    with pytest.raises(InputError, match=f"a.tsv, line 3: the {side} side of the pair is empty: give it a text"):
+        list(open_corpus(f"pairs:{tmp_path}/a.tsv"))
+    for name, text in zip(("x.en", "x.de"), line.split("\t"), strict=True):
+        (tmp_path / name).write_text(f"one\n\n{text}\n")
+    with pytest.raises(InputError, match=f"line 3 of .*x.en and .*x.de: the {side} side of the pair is empty"):
+        list(open_corpus(f"pairs:{tmp_path}/x.en,{tmp_path}/x.de"))
+
+
 def test_lines_of_two_files(tmp_path):
     (tmp_path / "x.en").write_text("one\n\ntwo\n")
     (tmp_path / "x.de.gz").write_bytes(gzip.compress(b"eins\n\nzwei"))
     corpus = open_corpus(f"pairs:{tmp_path}/x.en,{tmp_path}/x.de.gz")
     found = list(corpus.scan())
-    assert [document for document, _ in found] == [("x.en#1", "eins", "one\n"), ("x.en#3", "zwei", "two\n")]
+    assert [document for document, _ in found] == [("x.en#1", "eins", "one\n", ()), ("x.en#3", "zwei", "two\n", ())]
     assert corpus.skipped == 1
     assert found[-1][1] == corpus.size
 

@@ -32,15 +32,36 @@ def test_nested_columns_and_pairs(tmp_path):
         tmp_path / "a.parquet",
         {"t": [{"de": "eins", "en": "one"}, None], "x.y": pa.array(["p", "q"], pa.large_string())},
     )
-    assert list(open_corpus(f"pairs:parquet:{tmp_path}/a.parquet#t.en,t.de")) == [("a.parquet#0", "eins", "one\n")]
-    assert [text for _, text, _ in open_corpus(f"parquet:{tmp_path}/a.parquet#x.y")] == ["p", "q"]
+    assert list(open_corpus(f"pairs:parquet:{tmp_path}/a.parquet#t.en,t.de")) == [("a.parquet#0", "eins", "one\n", ())]
+    assert [text for _, text, *_ in open_corpus(f"parquet:{tmp_path}/a.parquet#x.y")] == ["p", "q"]
+
+
+def test_columns_of_lists(tmp_path):
+    sources, targets = [["One.", "Two."], ["Three."], None], [["1 2", None, "one two"], ["3"], []]
+    write(tmp_path / "a.parquet", {"s": sources, "t": targets})
+    corpus = open_corpus(f"pairs:parquet:{tmp_path}/a.parquet#s,t", pair_separator="")
+    assert list(corpus) == [("a.parquet#0", "1 2", "One. Two.", ("one two",)), ("a.parquet#1", "3", "Three.", ())]
+    assert corpus.skipped == 1
+    lists = pa.ListArray.from_arrays(
+        pa.array([0, 1, 2], pa.int32()),
+        pa.StringArray.from_buffers(2, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pa.py_buffer(b"a\xff")),
+    )
+    write(tmp_path / "latin.parquet", {"text": lists})
+    with pytest.raises(InputError, match="latin.parquet, row 1: the column 'text' is not UTF-8"):
+        list(open_corpus(f"parquet:{tmp_path}/latin.parquet"))
+
+
+def test_a_pair_with_an_empty_side_is_named(tmp_path):
+    write(tmp_path / "a.parquet", {"s": ["one", "two"], "t": ["eins", None]})
+    with pytest.raises(InputError, match=r"a.parquet, row 1: the second \(target\) side of the pair is empty"):
+        list(open_corpus(f"pairs:parquet:{tmp_path}/a.parquet#s,t"))
 
 
 def test_remote_files(tmp_path):
     write(tmp_path / "a.parquet", {"text": ["one", "two"]})
     folder = f"memory://{uuid.uuid4().hex}"
     fsspec.filesystem("memory").put(str(tmp_path / "a.parquet"), f"{folder}/a.parquet")
-    assert [text for _, text, _ in open_corpus(f"parquet:{folder}/*.parquet")] == ["one", "two"]
+    assert [text for _, text, *_ in open_corpus(f"parquet:{folder}/*.parquet")] == ["one", "two"]
     fsspec.filesystem("memory").rm(folder, recursive=True)
 
 
