@@ -100,7 +100,8 @@ def test_text_without_breaks_is_trained_on_in_seconds(text):
 
 def test_ctrl_c_ends_training_at_once(tmp_path):
     program = (
-        "import random; from lm.data.tokenizers.bpe import train_bpe\n"
+        "import random, signal; from lm.data.tokenizers.bpe import train_bpe\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "text = ' '.join(str(random.Random(n).random()) for n in range(300_000))\n"
         "print('begun', flush=True)\n"
         "try: train_bpe([text] * 20, 5000)\n"
