@@ -127,6 +127,9 @@ def measure(arguments: Reading, cases: Iterator[Case], task: str, console: Conso
                         continue
                     if "seconds_a_step" in row:
                         row["tokens_per_second"] = case.tokens / row["seconds_a_step"]
+                    if "weight_bytes" in row and not row["device_peak_bytes"]:
+                        row["ms_a_turn"] = 1e3 * row["seconds_a_step"] / case.spec["new_tokens"]
+                        row["floor_ms"] = 1e3 * row["weight_bytes"] / found["machine"]["memory_bytes_per_second"]
                     found["sides"].append(row)
     return found
 
@@ -152,6 +155,13 @@ def show(found: dict[str, Any], title: str, console: Console) -> None:
         peak = (side["device_peak_bytes"] or side["peak_bytes"]) / 1e6
         table.add_row(side["workload"], side["side"], f"{side['tokens_per_second']:,.0f}", f"{peak:,.0f}")
     console.print(table)
+    for side in found["sides"]:
+        if "floor_ms" in side:
+            console.print(
+                f"{side['workload']}: a token of each row takes {side['side']} {side['ms_a_turn']:.3g} ms, reading "
+                f"{side['weight_bytes'] / 1e6:,.0f} MB of weights from memory {side['floor_ms']:.3g} ms",
+                highlight=False,
+            )
     for duel in found["duels"]:
         line = f"{duel['workload']}: {duel['ours']} is {duel['ratio']:.2f} x as fast as {duel['theirs']}"
         console.print(f"{line}; results differ by {duel['difference']:.2g}", highlight=False)

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 
 from lm import checkpoint, compilation, generation, streaming
+from lm.beams import Search
 from lm.checkpoint import Loaded
 from lm.config import InputError, ParallelConfig, RunConfig
 from lm.data.corpus import Corpus
@@ -29,7 +30,7 @@ from lm.evaluation.surprisal import SurprisalWriter
 from lm.evaluation.tasks import Task, TaskEvaluator, TaskScores
 from lm.evaluation.writing import Decoding
 from lm.fields import nearest
-from lm.generation import Candidate, Sampling, Search, TextModel
+from lm.generation import Candidate, TextModel
 from lm.interop import huggingface
 from lm.observe.bar import Bar
 from lm.observe.terminal import Terminal
@@ -37,6 +38,7 @@ from lm.observe.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Wa
 from lm.parallel import RULES, Rules, make_mesh, rules_of
 from lm.processes import hosts, watch
 from lm.run_directory import locked
+from lm.sampling import Sampling
 from lm.scored_text import ScoredText, check_protocol, open_text, tokenizer_of, window_and_stride
 from lm.training.conclusion import conclude, final_evaluation, score
 from lm.training.run import run as run_training

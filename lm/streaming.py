@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from lm.generation import Sampling, TextModel, before, check_stop, turns
+from lm.generation import TextModel, before, check_stop
+from lm.sampling import Sampling
+from lm.token_generation import turns
 
 BROKEN = "\ufffd"
 """What a tokenizer makes of bytes that aren't a character, or not yet one."""

@@ -63,6 +63,17 @@ PAIR_SHAPES = {
 VOCABULARY = 61
 
 
+# Files whose tests are processes of their own: one after another, beside the other files.
+PROCESSES = ("end_to_end", "processes", "test_processes.py", "test_examples.py", "test_launch.py", "test_task_run.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Where several workers share the tests, each file's stay together, for what they compile and share."""
+    for item in items:
+        apart = any(name in PROCESSES for name in item.path.parts)
+        item.add_marker(pytest.mark.xdist_group("processes" if apart else str(item.path)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory):
     """$LM_CACHE: what an earlier version or another test left behind must not be found."""

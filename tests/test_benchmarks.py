@@ -98,6 +98,9 @@ def test_our_reading_sides_score_and_continue(monkeypatch, tmp_path):
     np.save(tmp_path / "ids.npy", np.arange(8, dtype=np.int32).reshape(2, 4))
     new = ours_reading.build({**spec, "task": "generation", "new_tokens": 5})
     assert len(new.facts["result"]) == 5 and all(0 <= one < 65 for one in new.facts["result"])
+    # Each token reads all weights whole but the table of positions; the vocabulary's is the head too.
+    config = SMALL.config().model
+    assert new.facts["weight_bytes"] == 4 * (new.facts["parameters"] - config.position_rows * config.d_model)
 
 
 def test_the_workloads_for_a_gpu_are_the_presets_model_and_longer_rows():

@@ -12,10 +12,13 @@ import tokenizers
 
 import lm
 from lm import decoding
+from lm.beams import Search
 from lm.config import InputError, ModelConfig, RunConfig
 from lm.data.tokenizer import ByteTokenizer, FileTokenizer
-from lm.generation import Sampling, Search, _continuation, generate, generate_ids, search_ids
+from lm.generation import _continuation, generate
 from lm.nn import language_model, params
+from lm.sampling import Sampling
+from lm.token_generation import generate_ids, search_ids
 
 GREEDY = Sampling(0.0)
 STORIES = Path(__file__).parents[2] / "shared" / "data" / "stories260K"

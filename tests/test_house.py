@@ -13,12 +13,12 @@ ROOMS = (
     {"config", "allocator", "fields", "differences", "validation", "nn", "processes", "costs"},
     {"model", "parallel", "fsdp", "sharded_attention", "data", "compilation"},
     {"checkpoint", "run_directory", "manifest", "arrays"},
-    {"generation", "sampling", "decoding", "beams", "streaming"},
+    {"generation", "token_generation", "sampling", "decoding", "beams", "streaming"},
     {"evaluation"},
     {"training"},
     {"interop", "observe"},
     {"api", "output", "cli", "launch", "scored_text", "plan", "forecast"},
-    {"__main__"},
+    {"commands", "__main__"},
 )
 FILES = sorted(path for path in (ROOT / "lm").rglob("*.py") if path != ROOT / "lm" / "__init__.py")
 

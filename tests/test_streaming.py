@@ -8,8 +8,9 @@ import pytest
 from lm import streaming
 from lm.config import InputError, ModelConfig, RunConfig
 from lm.data.tokenizer import ByteTokenizer
-from lm.generation import Sampling, TextModel, generate
+from lm.generation import TextModel, generate
 from lm.nn import language_model, params
+from lm.sampling import Sampling
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,11 @@ import lm
 from benchmarks.serving import Side
 from lm.config import ParallelConfig
 from lm.data.tokens import Sizes
+from lm.decoding import ready_params, with_head
 from lm.evaluation.perplexity import Evaluator
-from lm.generation import Sampling, generate_ids
 from lm.parallel import make_mesh
+from lm.sampling import Sampling
+from lm.token_generation import generate_ids
 
 
 class Ids:
@@ -57,7 +59,16 @@ def generation(run: lm.Loaded, ids_BP: np.ndarray, spec: dict[str, Any]) -> Side
         for _ in range(number):
             new_ids()
 
-    return Side(steps, {"parameters": run.num_parameters, "result": new_ids()[0].tolist()})
+    facts = {"parameters": run.num_parameters, "result": new_ids()[0].tolist()}
+    return Side(steps, facts | {"weight_bytes": weight_bytes(run)})
+
+
+def weight_bytes(run: lm.Loaded) -> int:
+    """Of the weights that are read whole for each token: all but tables of which a token takes its own row."""
+    ready = with_head(ready_params(run.params, run.config.model), run.config.model)
+    tables = {"tokens", "positions"} if "kernel" in ready.get("head", {}) else {"positions"}
+    read = {**ready, "embed": {name: table for name, table in ready["embed"].items() if name not in tables}}
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(read))
 
 
 def evaluation(run: lm.Loaded, ids_T: np.ndarray, spec: dict[str, Any]) -> Side:

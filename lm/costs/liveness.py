@@ -29,9 +29,9 @@ _READERS = 8
 class Peak:
     """Bytes of a device at the fullest moment, arguments apart.
 
-    weights: made of the state alone, such as operands in the compute dtype and gathered layers. gradients: of the shape
-    of a parameter, a layer's or a stack's, whole or a part. activations: all else. copies: made by the CPU back end
-    alone of donated arguments.
+    weights and gradients: of the shape of a parameter, a layer's or a stack's, whole or a part; weights are made of the
+    state alone, such as operands in the compute dtype and gathered layers. activations: all else. copies: made by the
+    CPU back end alone of donated arguments.
     """
 
     weights: int = 0
@@ -162,9 +162,9 @@ class _Moments:
         return found
 
     def _kind(self, one: Buffer) -> str:
-        if not one.of_batch:
-            return "weights"
-        return "gradients" if _plain(one.shape) in self.parameters else "activations"
+        if _plain(one.shape) not in self.parameters:
+            return "activations"
+        return "gradients" if one.of_batch or one.uniform else "weights"
 
     def fullest(self) -> Counter:
         """Bytes at the fullest moment by kind. Carried arguments of a loop are its caller's."""

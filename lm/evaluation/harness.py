@@ -20,7 +20,6 @@ from lm_eval.api.registry import register_model
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 
-from lm import generation
 from lm.checkpoint import Loaded
 from lm.config import InputError
 from lm.evaluation.perplexity import check_window
@@ -28,9 +27,10 @@ from lm.evaluation.scorer import rows_at_once, score
 from lm.evaluation.scores import finite
 from lm.evaluation.windows import Window, pack, windows_behind
 from lm.fields import nearest
-from lm.generation import Sampling
 from lm.nn.language_model import model_specs
 from lm.parallel import parameter_shardings
+from lm.sampling import Sampling
+from lm.token_generation import generate_ids
 
 RESAMPLES = 1000
 """Of the bootstrap that some metrics take their standard error from."""
@@ -161,7 +161,7 @@ class HarnessModel(TemplateLM):
 
     def _continue(self, prompts: list[np.ndarray], tokens: int, sampling: Sampling) -> list[str]:
         filled = [*prompts, *[prompts[-1]] * (self.batch_size - len(prompts))]  # the last batch has the others' shape
-        ids = generation.generate_ids(
+        ids = generate_ids(
             self.run.params,
             self.run.config.model,
             filled,

@@ -89,7 +89,8 @@ def _compiled(
     def nats(params: Any, batch: Batch, columns_RW: jax.Array, slices: jax.Array) -> tuple[jax.Array, ...]:
         tokens, targets_RW, _, segments, positions, source = batch
         R, W = columns_RW.shape
-        attend = attend_on(cfg, mesh, length=W, training=False, rules=rules)
+        source_length = None if source is None else source.tokens_BS.shape[1]
+        attend = attend_on(cfg, mesh, length=W, training=False, source_length=source_length, rules=rules)
         x_RWD = language_model.forward(
             params,
             tokens,

@@ -14,11 +14,13 @@ import jax
 import numpy as np
 
 from lm import generation
+from lm.beams import Search
 from lm.checkpoint import Loaded
 from lm.config import InputError
 from lm.data.tokenizer import Tokenizer
 from lm.decoding import Sizes, check_memory
-from lm.generation import Sampling
+from lm.sampling import Sampling
+from lm.token_generation import generate_ids, room
 
 Progress = Callable[[int, int], None]
 
@@ -121,14 +123,14 @@ def check_room(run: Loaded, prompts: Sequence[np.ndarray], decoding: Decoding) -
     most = sorted(prompts, key=len)[-decoding.batch_size :]
     _check_positions(run, prompts, decoding)
     if decoding.num_beams > 1:
-        generation.Search(decoding.num_beams).check_candidates(run.config.model, int(_tokenizer(run).eos is not None))
+        Search(decoding.num_beams).check_candidates(run.config.model, int(_tokenizer(run).eos is not None))
     sizes = Sizes.of(run.config.model, most, decoding.max_tokens)
     check_memory(run.params, run.config.model, sizes, beams=decoding.num_beams, prompts=len(most))
 
 
 def _check_positions(run: Loaded, prompts: Sequence[np.ndarray], decoding: Decoding) -> None:
     longest = 1 if run.config.model.has_encoder else max(map(len, prompts))  # a target begins with one id
-    left = generation.room(run.config.model, longest)
+    left = room(run.config.model, longest)
     if left is not None and decoding.max_tokens > left:
         after = "" if run.config.model.has_encoder else f" after a source of {longest} tokens"
         way_out = f"use {left} or fewer" if left > 0 else "leave such sources out"
@@ -144,7 +146,7 @@ def _write(run: Loaded, params: Any, prompts: list[np.ndarray], decoding: Decodi
     if decoding.num_beams > 1:
         penalty = 1.0 if decoding.length_penalty is None else decoding.length_penalty
         beams = {"num_beams": decoding.num_beams, "length_penalty": penalty}
-    return generation.generate_ids(
+    return generate_ids(
         params,
         run.config.model,
         prompts,

@@ -92,7 +92,8 @@ class ConsoleWriter:
         self._task = self._bar.add_task("", total=total_steps or seconds, line="", validation="") if self._bar else None
         self._origin: tuple[int, float] | None = None
         self._printed_twentieths, self._printed_at = -1, -math.inf
-        self._printed: Mapping[str, Any] | None = None
+        self._tokens: int | None = None
+        self._since: list[tuple[int, float]] = []  # tokens and their speed, of the records since the line before
 
     def start(self, record: Mapping[str, Any]) -> None:
         if self._bar is not None:
@@ -124,21 +125,27 @@ class ConsoleWriter:
             done = record["step"] if self._seconds is None else record["seconds"]
             self._bar.update(self._task, completed=done, line=short)
             return
+        record = self._average(record)
         twentieths, now = int(20 * self._share(record)), time.monotonic()
         if twentieths > self._printed_twentieths or now >= self._printed_at + 60:
             self._printed_twentieths, self._printed_at = twentieths, now
-            parts[1:-1] = _numbers(self._averaged(record))
-            self._printed = record
+            parts[1:-1] = _numbers(record)
+            self._since.clear()
             self.message("  ".join(part for part in parts if part))
 
-    def _averaged(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The record with the speed since the line before, where there is one: a single step's speed jumps about."""
-        before = self._printed
-        needed = {"tokens", "seconds", "train/tokens_per_second"}
-        if before is None or not needed <= record.keys() or record["seconds"] <= before["seconds"]:
+    def _average(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The record with the speed since the line before: a single step's jumps about. Time between steps, such as an
+        evaluation's, is in no record's speed and so not in this."""
+        tokens, speed = record.get("tokens"), record.get("train/tokens_per_second")
+        if tokens is None or not speed:
             return record
-        speed = (record["tokens"] - before["tokens"]) / (record["seconds"] - before["seconds"])
-        return {**record, "train/tokens_per_second": speed}
+        if self._tokens is not None and tokens > self._tokens:
+            self._since.append((tokens - self._tokens, speed))
+        self._tokens = tokens
+        if not self._since:
+            return record
+        average = sum(new for new, _ in self._since) / sum(new / each for new, each in self._since)
+        return {**record, "train/tokens_per_second": average}
 
     def _position(self, record: Mapping[str, Any]) -> str:
         return f"step {record['step']}" + (f"/{self._total_steps}" if self._total_steps else "")

@@ -26,12 +26,13 @@ from lm.evaluation.pairs import PairEvaluator
 from lm.evaluation.perplexity import EachDocument, Evaluator, Scores
 from lm.evaluation.tasks import TaskEvaluator, TaskScores
 from lm.evaluation.writing import Decoding, predict
-from lm.generation import Sampling
 from lm.manifest import add_metrics, fingerprint, read_manifest, write_atomically
 from lm.nn.language_model import model_specs
 from lm.parallel import make_mesh, parameter_shardings, rules_of
 from lm.processes import hosts
 from lm.run_directory import best_step
+from lm.sampling import Sampling
+from lm.token_generation import room
 from lm.training.loop import summary
 from lm.training.run import evaluator
 from lm.training.start import Start
@@ -181,7 +182,7 @@ def _say_written(run: Loaded, start: Start, say: Callable[[str], None]) -> None:
 
 def _say_continuation(run: Loaded, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
     prompt, tokens = run.config.observe.sample_prompt or "", run.config.observe.sample_tokens
-    left = generation.room(run.config.model, len(generation.prompt_ids(tokenizer, prompt)))
+    left = room(run.config.model, len(generation.prompt_ids(tokenizer, prompt)))
     say(f"sample     {prompt!r} goes on, at temperature {TEMPERATURE}:")
     sampled = generation.generate(
         run.params,

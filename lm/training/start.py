@@ -24,13 +24,14 @@ from lm.data.tokenizer import Tokenizer
 from lm.differences import differences, forbidden_on_resume
 from lm.evaluation.tasks import check_task
 from lm.fields import check_types
-from lm.generation import prompt_ids, room
+from lm.generation import prompt_ids
 from lm.manifest import read_manifest
 from lm.nn.language_model import model_specs
 from lm.parallel import check_batch, make_mesh, parameter_shardings, rules_of
 from lm.processes import hosts
 from lm.run_directory import CONFIG
 from lm.sharded_attention import choice
+from lm.token_generation import room
 from lm.training.budget import Budget
 from lm.training.replicated import check_devices
 from lm.training.task import task_evaluator

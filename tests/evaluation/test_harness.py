@@ -23,9 +23,9 @@ from lm.data.tokenizer import ByteTokenizer  # noqa: E402
 from lm.data.tokens import tokenize  # noqa: E402
 from lm.evaluation import harness  # noqa: E402
 from lm.evaluation.perplexity import Evaluator  # noqa: E402
-from lm.generation import Sampling  # noqa: E402
 from lm.nn import language_model, params  # noqa: E402
 from lm.parallel import make_mesh  # noqa: E402
+from lm.sampling import Sampling  # noqa: E402
 from tests.data.memory_corpus import corpus_of  # noqa: E402
 
 WINDOW = 16

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from sacrebleu.metrics import BLEU, CHRF
 
+from lm.beams import Search
 from lm.checkpoint import Loaded
 from lm.config import InputError, ModelConfig, RunConfig
 from lm.data.corpus import open_corpus
@@ -24,8 +25,8 @@ from lm.evaluation.bootstrap import interval
 from lm.evaluation.rouge import NAMES, lead_sentence, summary_scores
 from lm.evaluation.tasks import TaskEvaluator, pairs_of
 from lm.evaluation.writing import Decoding
-from lm.generation import Search, search_ids
 from lm.nn import language_model, params
+from lm.token_generation import search_ids
 
 WORDS = ["le", "chat", "noir", "dort", "sur", "la", "chaise", "et", "voit", "que", "pluie", "tombe", "dehors", "midi"]
 
@@ -191,7 +192,7 @@ def test_a_search_of_beams_is_generations_own(encoder_decoder, pairs, monkeypatc
         asked.append(how)
         return [np.zeros(0, np.int32) for _ in prompts]
 
-    monkeypatch.setattr(writing.generation, "generate_ids", asking)
+    monkeypatch.setattr(writing, "generate_ids", asking)
     for decoding in (Decoding(10), Decoding(10, 4), Decoding(11, 5, 0.6)):
         writing.predict(run, sources, decoding)
     assert [(how["max_tokens"], how.get("num_beams"), how.get("length_penalty")) for how in asked] == [
@@ -237,7 +238,7 @@ def test_the_scores_are_of_what_was_written_for_that_very_pair(run, pairs, monke
     def backwards(params, cfg, prompts, *, max_tokens, **_):
         return [prompt[:0:-1][1:][:max_tokens] for prompt in prompts]
 
-    monkeypatch.setattr(writing.generation, "generate_ids", backwards)
+    monkeypatch.setattr(writing, "generate_ids", backwards)
     evaluator = TaskEvaluator("translation", pairs, Decoding(50, batch_size=4), pair_separator="\n")
     scores = evaluator(run)
     predictions = [record["prediction"] for record in scores.records()]

@@ -119,12 +119,12 @@ def shown(output, total_steps, records, seconds=None):
 
 
 def test_plain_lines_are_few_and_whole(tmp_path):
-    records = [training(step, **{"train/tokens_per_second": 12_345.0}) for step in range(1, 1001)]
+    records = [training(step, **{"train/tokens_per_second": 3e4 if step % 2 else 1e4}) for step in range(1, 1001)]
     lines = shown(console(False), 1000, [*records, evaluation(1000)]).splitlines()
     assert lines[0] == "resuming from step [4]" and lines[-1] == "saved step 1000"
-    assert lines[1] == "step 1/1000  loss 2.0000  perplexity 7.389  12.3k tokens/s"
-    # the speed since the line before, from its tokens and seconds, not the last step's own
-    assert lines[2] == "step 50/1000  loss 2.0000  perplexity 7.389  128 tokens/s  7:55 left"
+    assert lines[1] == "step 1/1000  loss 2.0000  perplexity 7.389  30k tokens/s"
+    # The speed of steps 2 to 50 by their own time, not the last step's and not by the clock, which saw more.
+    assert lines[2] == "step 50/1000  loss 2.0000  perplexity 7.389  14.8k tokens/s  7:55 left"
     assert lines[-3].startswith("step 1000/1000") and lines[-3].endswith("0:00 left")
     assert lines[-2] == "step 1000  validation loss 1.5000  perplexity 4.482  bits per byte 2.0000"
     assert len(lines) == 1 + 21 + 2

@@ -11,8 +11,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from lm.generation import Sampling, Search, generate_ids, search_ids  # noqa: E402
+from lm.beams import Search  # noqa: E402
 from lm.interop import huggingface  # noqa: E402
+from lm.sampling import Sampling  # noqa: E402
+from lm.token_generation import generate_ids, search_ids  # noqa: E402
 
 from .families import PAIR_FAMILIES  # noqa: E402
 from .peers import GPT2, LLAMA, random_pair_model, resolved, some_ids, weights  # noqa: E402

@@ -150,7 +150,8 @@ def test_every_field_matters(pair):
 
 def test_greedy_tokens_of_an_exported_model(tmp_path):
     """Through generate on both sides, for the family with the most kinds of layers."""
-    from lm.generation import Sampling, generate_ids
+    from lm.sampling import Sampling
+    from lm.token_generation import generate_ids
 
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(FAMILIES["gemma3_text"].config))
