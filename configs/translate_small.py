@@ -4,8 +4,9 @@
     python eval.py runs/translate_small --task translation --data pairs:test.tsv --num-beams 4
 
 It is for short sentences, some hundred thousand pairs of them; several share a row of 64 tokens on each side. Training
-ends by wall time, 40 minutes. On Tatoeba's 162,913 English-French pairs (split by English sentence), two cores of a
-2.5 GHz Xeon without bfloat16 instructions, so with --model.compute-dtype float32 --optimizer.newton-schulz-dtype float32:
+ends by wall time, 40 minutes. On Tatoeba's 162,913 English-French pairs (split by English sentence) and two cores of a
+2.5 GHz Xeon, which has no bfloat16 instructions, so with --model.compute-dtype float32 and
+--optimizer.newton-schulz-dtype float32:
 
 | updates | BLEU on 200 validation pairs, greedy | perplexity of a target token, all 1,000 |
 | 500     | 25.0                                 | 7.05                                    |
