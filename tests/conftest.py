@@ -12,6 +12,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from xdist.scheduler import LoadScopeScheduling  # noqa: E402
 
 from lm.config import ModelConfig, RunConfig  # noqa: E402
 
@@ -67,11 +68,15 @@ VOCABULARY = 61
 PROCESSES = ("end_to_end", "processes", "test_processes.py", "test_examples.py", "test_launch.py", "test_task_run.py")
 
 
-def pytest_collection_modifyitems(items):
-    """Where several workers share the tests, each file's stay together, for what they compile and share."""
-    for item in items:
-        apart = any(name in PROCESSES for name in item.path.parts)
-        item.add_marker(pytest.mark.xdist_group("processes" if apart else str(item.path)))
+def pytest_xdist_make_scheduler(config, log):
+    """Workers take whole files, whose tests share what they compile and make."""
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return "processes" if any(name in PROCESSES for name in file.split("/")) else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
