@@ -433,7 +433,8 @@ def stream(
 
 def _text_model(run: Loaded) -> TextModel:
     data, model = run.config.data, run.config.model
-    context = data.source_length if model.has_encoder else data.context
+    # A published model's data.context is how long rows are by default, not how far it reaches.
+    context = data.source_length if model.has_encoder and run.step is not None else model.position_rows
     return TextModel(run.params, model, tokenizer_of(run), run.source_tokenizer, context)
 
 

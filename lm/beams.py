@@ -10,6 +10,7 @@ Shapes: B rows, W beams, C = 2 W or more candidates, M new tokens, V vocabulary 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -56,6 +57,16 @@ class Search(NamedTuple):
         if self.early_stopping not in (True, False, "never"):
             raise InputError(f"early_stopping is {self.early_stopping!r}: use True, False or 'never'")
         return self
+
+    def check_lengths(self, max_tokens: int) -> None:
+        """Raises InputError where so many tokens to the power of the penalty are beyond what float32 tells apart."""
+        most = 1e30 if self.length_penalty > 0 else 1e6
+        if abs(self.length_penalty) * math.log(max(max_tokens, 1)) > math.log(most):
+            raise InputError(
+                f"length_penalty is {self.length_penalty}, and {max_tokens:,} tokens to the power of it are beyond "
+                f"float32: use {math.copysign(math.log(most) / math.log(max_tokens), self.length_penalty):.2g} or "
+                "nearer to 0"
+            )
 
     def check_candidates(self, cfg: ModelConfig, stops: int) -> None:
         """Raises InputError where there are fewer tokens than it looks at a turn, with so many stop ids."""

@@ -351,15 +351,16 @@ def _available() -> list[int]:
     return [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
 
 
-def _left_by_group() -> list[int]:
-    """What the limit of a container leaves."""
-    group = Path("/sys/fs/cgroup")
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+def _left_by_group(group: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """What the limit of a container leaves. Files that were read and can be dropped are in use, but free."""
+    for limit, used, details, dropped in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file "),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file "),
     ):
         try:
-            return [int((group / limit).read_text()) - int((group / used).read_text())]
+            lines = (group / details).read_text().splitlines()
+            files = sum(int(line.removeprefix(dropped)) for line in lines if line.startswith(dropped))
+            return [int((group / limit).read_text()) - int((group / used).read_text()) + files]
         except (OSError, ValueError):  # no such limit
             continue
     return []

@@ -4,7 +4,8 @@ sources. Drawn or greedy, or by a beam search; `lm.token_generation` does it on 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,12 +53,11 @@ class TextModel(NamedTuple):
             )
         return found
 
-    def tokens(self, prompts: Sequence[np.ndarray], max_tokens: int | None) -> int:
-        """max_tokens, or of None what is usual, as far as there is room."""
+    def tokens(self, prompt: np.ndarray, max_tokens: int | None) -> int:
+        """max_tokens, or of None what is usual, as far as there is room after the prompt."""
         if max_tokens is not None:
             return max_tokens
-        longest = 1 if self.cfg.has_encoder else max(map(len, prompts), default=0)
-        left = room(self.cfg, longest)
+        left = room(self.cfg, 1 if self.cfg.has_encoder else len(prompt))
         return USUAL_TOKENS if left is None else max(min(USUAL_TOKENS, left), 1)
 
     def text(self, prompt: np.ndarray, new: np.ndarray) -> str:
@@ -91,13 +91,10 @@ def generate(
     model = TextModel(params, cfg, tokenizer, source_tokenizer, context)
     rows = model.read(prompts)
     check_stop(stop)
-    size, found = _together(batch_size, rows), dict[int, str]()
-    max_tokens = model.tokens(rows, max_tokens)
+    found = dict[int, str]()
     if seeds is not None and len(seeds) != len(rows):
         raise InputError(f"there are {len(seeds)} seeds for {len(rows)} prompts: give one for each")
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i])) if len(rows) > size else list(range(len(rows)))
-    for start in range(0, len(order), size):
-        some = order[start : start + size]
+    for tokens, some in _batches(model, rows, max_tokens, batch_size):
         prompts_now = [rows[i] for i in some]
 
         def over(row: int, new: np.ndarray, prompts_now: list[np.ndarray] = prompts_now) -> bool:
@@ -107,7 +104,7 @@ def generate(
             params,
             cfg,
             prompts_now,
-            max_tokens=max_tokens,
+            max_tokens=tokens,
             sampling=sampling,
             seed=seed,
             end_id=tokenizer.eos,
@@ -137,16 +134,15 @@ def n_best(
     """The best `search.num_return` texts for each prompt, or source, that a beam search finds, and their scores."""
     model = TextModel(params, cfg, tokenizer, source_tokenizer, context)
     rows = model.read(prompts)
-    size, found = _together(batch_size, rows), dict[int, list[Candidate]]()
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for start in range(0, len(order), size):
-        some = order[start : start + size]
+    search.validate()
+    found = dict[int, list[Candidate]]()
+    for tokens, some in _batches(model, rows, max_tokens, batch_size):
         several = search_ids(
             params,
             cfg,
             [rows[i] for i in some],
             search,
-            max_tokens=model.tokens(rows, max_tokens),
+            max_tokens=tokens,
             end_id=tokenizer.eos,
             stop_ids=stop_ids,
         )
@@ -155,11 +151,21 @@ def n_best(
     return [found[i] for i in range(len(rows))]
 
 
-def _together(batch_size: int | None, rows: Sequence[Any]) -> int:
-    """How many rows are written at a time; None: all."""
+def _batches(
+    model: TextModel, rows: Sequence[np.ndarray], max_tokens: int | None, batch_size: int | None
+) -> Iterator[tuple[int, list[int]]]:
+    """(new tokens at most, numbers of the rows) that are written together; all at once for a batch_size of None.
+
+    The longest come first, so that what is too long, or too much for memory, fails before anything is written.
+    """
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size is {batch_size}: use 1 or more")
-    return max(len(rows), 1) if batch_size is None else batch_size
+    limits = [model.tokens(row, max_tokens) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    for limit, group in itertools.groupby(order, key=lambda i: limits[i]):
+        alike = list(group)
+        for start in range(0, len(alike), size := batch_size or len(alike)):
+            yield limit, alike[start : start + size]
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
@@ -176,6 +182,7 @@ def source_ids(tokenizer: Tokenizer, source: str) -> np.ndarray:
 
 def _encoded(tokenizer: Tokenizer, text: str) -> np.ndarray:
     try:
+        text.encode()  # some tokenizers say less clearly that they can't
         return tokenizer.encode(text)
     except UnicodeEncodeError as error:
         raise InputError(f"the prompt {text!r} is not UTF-8: set a UTF-8 locale, or mend the text") from error
@@ -188,11 +195,17 @@ def _continuation(tokenizer: Tokenizer, prompt: np.ndarray, new: np.ndarray) -> 
 
 
 def before(text: str, stop: Sequence[str]) -> str:
-    """The text up to the first of the texts that it stops at."""
-    return text[: min((text.index(each) for each in stop if each in text), default=len(text))]
+    """The text up to the one that it stops at: of those in it the one that was complete first."""
+    found = [(text.index(each) + len(each), text.index(each)) for each in stop if each in text]
+    return text[: min(found)[1]] if found else text
 
 
 def check_stop(stop: Sequence[str]) -> None:
-    """Raises InputError for a text to stop at that is in every text."""
+    """Raises InputError for a text to stop at that is in every text, and for one that can be in none."""
     if any(not each for each in stop):
         raise InputError("stop has an empty text, which every text begins with: leave it out")
+    for each in stop:
+        try:
+            each.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"the stop {each!r} is not UTF-8, so no text has it: mend it, or leave it out") from error

@@ -46,15 +46,15 @@ class Sampling(NamedTuple):
 
     def validate(self) -> Sampling:
         """Raises InputError on a value out of range, and on one without effect; returns the object itself."""
-        if not 0 <= self.temperature < math.inf:
-            raise InputError(f"temperature is {self.temperature}: use 0 for greedy, or more, but finite")
+        if not 0 <= _single(self.temperature) < math.inf or (self.temperature and not _single(self.temperature)):
+            raise InputError(f"temperature is {self.temperature}: use 0 for greedy, or more, but finite in float32")
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"top_k is {self.top_k}: use 1 or more, or None")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
+        if self.top_p is not None and not 0 < _single(self.top_p) <= 1:
             raise InputError(f"top_p is {self.top_p}: use a probability above 0 and up to 1, or None")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise InputError(f"min_p is {self.min_p}: use a share from 0 to 1, or None")
-        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < math.inf:
+        if self.repetition_penalty is not None and not 0 < _single(self.repetition_penalty) < math.inf:
             raise InputError(f"repetition_penalty is {self.repetition_penalty}: use a number above 0, or None")
         for name in ("top_k", "top_p", "min_p"):
             if self.temperature == 0 and getattr(self, name) is not None:
@@ -81,6 +81,12 @@ class Sampling(NamedTuple):
     def numbers(self) -> Numbers:
         values = (self.temperature or 1.0, self.top_p, self.min_p, self.repetition_penalty)
         return Numbers(*(np.float32(1.0 if value is None else value) for value in values))
+
+
+def _single(value: float) -> float:
+    """As it is computed with."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(value))
 
 
 def pick(

@@ -34,7 +34,7 @@ def stream(
         model.params,
         model.cfg,
         [ids],
-        max_tokens=model.tokens([ids], max_tokens),
+        max_tokens=model.tokens(ids, max_tokens),
         sampling=sampling,
         seed=seed,
         end_id=model.tokenizer.eos,
@@ -61,7 +61,8 @@ def stream(
 
 def _safe(text: str, stop: Sequence[str]) -> int:
     """How much of a text can't change any more."""
-    end = len(text.rstrip(BROKEN))
+    text = text.rstrip(BROKEN)  # bytes that may become a character, and with what is before it a text to stop at
+    end = len(text)
     for each in stop:
         for size in range(1, len(each)):
             if text.endswith(each[:size]):

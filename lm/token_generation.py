@@ -161,7 +161,7 @@ def search_ids(
     stop_ids: Sequence[int] = (),
 ) -> list[list[Found]]:
     """The best `search.num_return` continuations of each prompt, or targets of each source, the best first."""
-    search.validate()
+    search.validate().check_lengths(max_tokens)
     stops = _checked(params, cfg, prompts, max_tokens, end_id, stop_ids)
     if not prompts:
         return []
@@ -180,8 +180,8 @@ def _checked(
     stop_ids: Sequence[int],
 ) -> tuple[int, ...]:
     """The stop ids. Raises InputError on all that doesn't fit the model."""
-    if max_tokens < 1:
-        raise InputError(f"max_tokens is {max_tokens}: use 1 or more")
+    if not 1 <= max_tokens < 2**31:
+        raise InputError(f"max_tokens is {max_tokens}: use 1 or more, and fewer than 2**31")
     wrong = [stop for stop in stop_ids if not 0 <= stop < cfg.vocabulary]
     if wrong:
         raise InputError(f"stop id {wrong[0]} is not one of the vocabulary: use 0 to {cfg.vocabulary - 1}")

@@ -68,6 +68,15 @@ def test_lines_of_a_file_become_lines_of_another(name, request, tmp_path, capsys
     assert lines == [one_line(text) for text in expected(run, prompts)] + [""]
 
 
+def test_lines_end_as_those_of_data_do(run, tmp_path, capsys):
+    """Only before a line feed, with or without a carriage return; what editors put before a text is none of it."""
+    text = "\ufeffone\r\na\rb\nc\u0085d"
+    (tmp_path / "in.txt").write_text(text, encoding="utf-8", newline="")
+    commands.main(["generate", str(run), "--input", f"{tmp_path}/in.txt", *GREEDY])
+    lines = capsys.readouterr().out.split("\n")[:-1]
+    assert lines == [one_line(text) for text in expected(run, ["one", "a\rb", "c\u0085d"])]
+
+
 def test_a_command_that_fails_leaves_the_output_as_it_was(run, tmp_path):
     (tmp_path / "in.txt").write_text("one\n")
     (tmp_path / "out.txt").write_text("of an earlier command\n")
@@ -93,14 +102,14 @@ def test_an_error_ends_a_conversation_only_where_nobody_is_there(tmp_path, monke
     run = written(tmp_path / "run", positions="learned", max_positions=12)
     lines = "far too long for twelve positions\nab\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-    with pytest.raises(InputError, match="12 learned positions"):
+    with pytest.raises(InputError, match="context of 12"):
         commands.main(["generate", str(run), "--interactive", *GREEDY])
     capsys.readouterr()
     monkeypatch.setattr("sys.stdin", Terminal(lines))
     commands.main(["generate", str(run), "--interactive", *GREEDY])
     said = capsys.readouterr()
     assert said.out == "> > " + expected(run, ["ab"])[0] + "\n> "
-    assert said.err.count("error:") == 1 and "12 learned positions" in said.err
+    assert said.err.count("error:") == 1 and "context of 12" in said.err
 
 
 def test_the_best_few_of_a_search_have_their_scores(encoder_decoder, capsys):

@@ -11,11 +11,11 @@ import pytest
 import tokenizers
 
 import lm
-from lm import decoding
+from lm import decoding, generation
 from lm.beams import Search
 from lm.config import InputError, ModelConfig, RunConfig
-from lm.data.tokenizer import ByteTokenizer, FileTokenizer
-from lm.generation import _continuation, generate
+from lm.data.tokenizer import ByteTokenizer, FileTokenizer, train_bpe
+from lm.generation import _continuation, generate, n_best
 from lm.nn import language_model, params
 from lm.sampling import Sampling
 from lm.token_generation import generate_ids, search_ids
@@ -167,6 +167,45 @@ def test_batches_change_nothing(tree, cfg):
     how = {"max_tokens": 8, "sampling": Sampling(1.0, min_p=0.01, repetition_penalty=1.2), "seed": 1}
     whole = generate(tree, cfg, ByteTokenizer(), prompts, **how)
     assert generate(tree, cfg, ByteTokenizer(), prompts, **how, batch_size=2) == whole
+
+
+def test_what_does_not_fit_fails_before_anything_is_written(tree, cfg, monkeypatch):
+    """Of many batches that with the longest prompt comes first."""
+    written = []
+    real = generation.generate_ids
+    monkeypatch.setattr(generation, "generate_ids", lambda *a, **k: written.append(len(a[2])) or real(*a, **k))
+    monkeypatch.setattr(decoding, "free_bytes", lambda _: 100_000)
+    prompts = ["a", "b" * 1000, "c", "d"]
+    for how in ({"max_tokens": 8}, {"max_tokens": None}):
+        with pytest.raises(InputError, match="GB are free"):
+            generate(tree, cfg, ByteTokenizer(), prompts, sampling=GREEDY, seed=0, batch_size=1, **how)
+    assert written == [1, 1]
+
+
+def test_how_long_a_text_may_be_depends_on_no_other_prompt(cfg):
+    cfg = dataclasses.replace(cfg, positions="learned", max_positions=40)
+    tree = params.initialize(language_model.model_specs(cfg), jax.random.key(1))
+    prompts = ["a", "b" * 35, "c" * 20]
+    how = {"max_tokens": None, "sampling": GREEDY, "seed": 0}
+    together = generate(tree, cfg, ByteTokenizer(), prompts, **how)
+    assert together == [generate(tree, cfg, ByteTokenizer(), [prompt], **how)[0] for prompt in prompts]
+    searched = n_best(tree, cfg, ByteTokenizer(), prompts, Search(2), max_tokens=None)
+    for prompt, [best] in zip(prompts, searched, strict=True):
+        assert n_best(tree, cfg, ByteTokenizer(), [prompt], Search(2), max_tokens=None)[0][0].text == best.text
+
+
+def test_a_penalty_beyond_float32_is_refused(tree, cfg):
+    for penalty, tokens, told in ((-4.0, 60, "use -3.4 or nearer"), (30.0, 60, "use 17 or nearer")):
+        with pytest.raises(InputError, match=told):
+            search_ids(tree, cfg, PROMPTS, Search(3, penalty), max_tokens=tokens, end_id=257)
+
+
+def test_a_prompt_that_is_no_text_is_refused_by_every_tokenizer(tree, cfg):
+    bpe = train_bpe(["some text to train on"] * 9, 258)
+    for tokenizer in (ByteTokenizer(), bpe):
+        for how in ({"prompts": ["a\udcff"]}, {"prompts": ["a"], "stop": ["\udcff"]}):
+            with pytest.raises(InputError, match="is not UTF-8"):
+                generate(tree, cfg, tokenizer, **how, max_tokens=3, sampling=GREEDY, seed=0)
 
 
 def test_beams_of_a_batch_equal_one_by_one(tree, cfg):

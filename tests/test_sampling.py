@@ -107,7 +107,8 @@ def test_what_is_compiled_doesnt_depend_on_the_numbers():
         (Sampling(1.0, top_p=1.5), "top_p is 1.5"), (Sampling(1.0, min_p=-0.1), "min_p is -0.1"),
         (Sampling(1.0, repetition_penalty=0.0), "repetition_penalty is 0"),
         (Sampling(0.0, top_k=5), "top_k is 5, but temperature 0"), (Sampling(0.0, top_p=0.9), "top_p is 0.9, but"),
-        (Sampling(0.0, min_p=0.1), "min_p is 0.1, but"),
+        (Sampling(0.0, min_p=0.1), "min_p is 0.1, but"), (Sampling(1e39), "finite in float32"),
+        (Sampling(1e-46), "temperature is 1e-46"), (Sampling(1.0, top_p=1e-50), "top_p is 1e-50"),
     ],
 )  # fmt: skip
 def test_wrong_values_are_named(sampling, told):

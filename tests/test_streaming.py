@@ -8,7 +8,7 @@ import pytest
 from lm import streaming
 from lm.config import InputError, ModelConfig, RunConfig
 from lm.data.tokenizer import ByteTokenizer
-from lm.generation import TextModel, generate
+from lm.generation import TextModel, before, generate
 from lm.nn import language_model, params
 from lm.sampling import Sampling
 
@@ -59,6 +59,16 @@ def test_what_may_become_a_stop_waits(model, monkeypatch):
     assert pieces_of(model, monkeypatch, "one END two", ("END",)) == ["o", "n", "e", " "]
     assert pieces_of(model, monkeypatch, "an ENEND", ("END",)) == ["a", "n", " ", "EN"]
     assert pieces_of(model, monkeypatch, "an EN", ("END",)) == ["a", "n", " ", "EN"]  # it never came
+    assert pieces_of(model, monkeypatch, "wir für uns", ("für",)) == ["w", "i", "r", " "]  # ü has two bytes
+    assert pieces_of(model, monkeypatch, "b漢👋漢", ("漢👋", "漢")) == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("stop", "cut"), [(("bcd", "c"), "ab"), (("cd", "bcd"), "a"), (("x",), "abcde"), ((), "abcde"), (("e", "d"), "abc")]
+)
+def test_a_text_stops_at_what_was_complete_first(stop, cut):
+    """Of those complete at once at the longest."""
+    assert before("abcde", stop) == cut
 
 
 def test_wrong_options_are_told_before_the_first_piece(model):

@@ -121,7 +121,7 @@ def _check_generate(arguments: Generate) -> None:
     ]
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)} both say what the prompts are: use one of them")
-    if arguments.interactive and (arguments.output is not None or arguments.samples > 1 or arguments.num_beams > 1):
+    if arguments.interactive and (arguments.output is not None or arguments.samples > 1 or arguments.num_beams != 1):
         raise InputError("--interactive shows a text as it is drawn: leave out --output, --samples and --num-beams")
     drawing = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop")
     drawn = [name for name in drawing if getattr(arguments, name) not in (None, ())]
@@ -160,13 +160,13 @@ def _search(arguments: Generate) -> dict[str, Any]:
 def _lines(name: str) -> list[str]:
     """The prompts of a file."""
     try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        text = (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise InputError(f"--input {name} can't be read: {reason}") from error
-    if not (lines := text.split("\n")[:-1] if text.endswith("\n") else text.split("\n")) or not text:
+    if not text:
         raise InputError(f"--input {name} is empty: give it a prompt in each line")
-    return lines
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
 def _on_a_line(text: str) -> str:
@@ -181,17 +181,18 @@ def _converse(arguments: Generate, run: Any) -> None:
     while True:
         if asking:
             print("> ", end="", flush=True)
-        if not (line := sys.stdin.readline()):
-            return
-        prompt = line.rstrip("\n")
         try:
+            if not (line := sys.stdin.readline()):
+                return
+            prompt = line.rstrip("\n")
             pieces = api.stream(
                 run, prompt, max_tokens=arguments.max_tokens, stop_ids=arguments.stop_ids, **_draws(arguments)
             )
-        except InputError as error:
+        except (InputError, UnicodeDecodeError) as error:
+            said = error if isinstance(error, InputError) else InputError("a prompt is not UTF-8: mend it")
             if not asking:
-                raise
-            print(f"error: {error}", file=sys.stderr)
+                raise said from error
+            print(f"error: {said}", file=sys.stderr)
             continue
         for piece in pieces:
             print(piece, end="", flush=True)

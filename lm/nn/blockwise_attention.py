@@ -156,6 +156,7 @@ def _forward(form: _Form, q: Array, k: Array, v: Array, places: _Places) -> tupl
         for shape, value in zip((q.shape, q.shape[:-1], q.shape[:-1]), (0.0, MASKED, 0.0), strict=True)
     )
     (o, best, total), _ = lax.scan(one, (o, best, total), _scanned(form, places))
+    total = jnp.where(total > 0, total, 1.0)  # 0 where a block saw no other: of padding, where there are no padded keys
     o = (o / total[..., None]).astype(q.dtype)
     return o, (q, k, v, places, o, best + jnp.log(total))
 

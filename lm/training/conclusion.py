@@ -173,7 +173,8 @@ def _say_written(run: Loaded, start: Start, say: Callable[[str], None]) -> None:
         text = next(iter(start.validation.values())).text
         assert isinstance(text, Corpus), "the family is trained on pairs of texts"
         [(_, source, references)] = tasks.pairs_of(text, separator_of(run.config), 1)
-    written = predict(run, [source], Decoding(run.config.observe.sample_tokens, batch_size=1))
+    tokens, left = run.config.observe.sample_tokens, room(run.config.model, 1)  # a target follows one id
+    written = predict(run, [source], Decoding(tokens if left is None else min(tokens, left), batch_size=1))
     say(f"source     {shortened(source)}")
     for reference in references[:1]:
         say(f"reference  {shortened(reference)}")

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from lm import allocator, checkpoint, compilation
 from lm.checkpoint import CheckpointWriter, Loaded
-from lm.config import RunConfig
+from lm.config import InputError, RunConfig
 from lm.data.pairs import PairStore
 from lm.data.pipeline import Batch
 from lm.evaluation.pairs import PairEvaluator
@@ -127,10 +127,14 @@ def _evaluate_task(start: Start, mesh: Mesh, workdir: Path, say: Say) -> Callabl
         assert evaluator is not None, "validated: without a task it is never due"
         found: dict[str, float] = {}
         if hosts.is_first():
-            with compilation.said("the task", say):
-                scores = evaluator(loaded(start, on_mesh(params, mesh), Path()))
-            keep_predictions(scores, workdir, step)
-            found = scores.metrics()
+            try:
+                with compilation.said("the task", say):
+                    scores = evaluator(loaded(start, on_mesh(params, mesh), Path()))
+            except InputError as error:  # memory that was there when the run was checked: no reason to lose it
+                say(f"step {step}  the task is left out: {error}")
+            else:
+                keep_predictions(scores, workdir, step)
+                found = scores.metrics()
         return json.loads(hosts.agree("the task", json.dumps(found)))
 
     return evaluate

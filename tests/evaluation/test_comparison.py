@@ -7,13 +7,14 @@ import math
 import numpy as np
 import pytest
 
+from lm.config import InputError
 from lm.evaluation.comparison import compare
 from lm.evaluation.scores import PerDocument, Scores, ratio_standard_error
 
 
-def scores(nats_D, tokens_D, tokenizer, bytes_D=(40, 90, 35)):
-    columns = [np.array(column) for column in (nats_D, tokens_D, [5, 9, 4], bytes_D)]
-    each = PerDocument(lambda i: f"doc{i}", *columns)
+def scores(nats_D, tokens_D, tokenizer, bytes_D=(40, 90, 35), names=("doc0", "doc1", "doc2")):
+    columns = [np.array(column) for column in (nats_D, tokens_D, [5, 9, 4][: len(names)], bytes_D)]
+    each = PerDocument(lambda i: names[i], *columns)
     error = ratio_standard_error(*columns[:2])
     totals = [column.sum().item() for column in columns]
     protocol = {"data_sha256": "text", "tokenizer_sha256": tokenizer}
@@ -44,6 +45,21 @@ def test_two_tokenizers_in_bits_a_byte():
     assert second["models"] == [0, 2] and third["models"] == [1, 2]
     assert second["difference"] == pytest.approx(7 / 165 / math.log(2))
     assert second["difference"] == pytest.approx(OTHER.bits_per_byte - ONE.bits_per_byte)
+
+
+def test_documents_that_one_model_has_no_room_for_are_left_out():
+    fewer = scores([9.0, 6.0], [5, 4], "a", (40, 35), ("doc0", "doc2"))
+    (pair,) = compare([ONE, fewer])["pairs"]
+    assert pair["difference"] == pytest.approx(-2 / 9) and pair["unit"] == "nats per token"
+    (other_way,) = compare([fewer, ONE])["pairs"]
+    assert other_way["difference"] == pytest.approx(2 / 9)
+    others = scores([9.0, 6.0, 1.0], [5, 4, 4], "a", names=("doc0", "doc2", "doc3"))
+    (pair,) = compare([ONE, others])["pairs"]  # as many, and not the same
+    assert pair["difference"] == pytest.approx(-2 / 9)
+    with pytest.raises(InputError, match="no document that both have room for"):
+        compare([scores([9.0], [5], "a", (40,), ("doc1",)), fewer])
+    with pytest.raises(InputError, match="have the same name"):
+        compare([ONE, scores([9.0, 6.0], [5, 4], "a", (40, 35), ("doc0", "doc0"))])
 
 
 def test_numbers_that_are_none():

@@ -62,6 +62,25 @@ def test_blocks_that_share_no_segment_are_skipped(small_blocks):
     assert np.isnan(o[:, :32]).all() and np.isfinite(o[:, 32:]).all()
 
 
+def test_a_block_of_padding_where_no_key_is_padding_is_finite(small_blocks):
+    """Targets that all end early, of sources that all fill their row: nothing is there for the last block to see."""
+    q, k, v = arrays(48, 2, 2)
+    q = q[:, :40]
+    targets, sources = jnp.repeat(jnp.array([[1, 0]]), 20, axis=1).repeat(2, axis=0), jnp.ones((2, 48), jnp.int32)
+    mask = AttentionMask(False, query_segments_BT=targets, key_segments_BS=sources)
+
+    how = {"scale": 0.5, "softcap": None, "numerics": numerics("float32"), "dropout": None}
+
+    def loss(q, k, v):
+        o = attend_blockwise(q, k, v, mask, **how)
+        return jnp.sum(jnp.where(targets[:, :, None, None] > 0, o, 0) ** 2), o
+
+    gradients, o = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+    assert all(np.isfinite(each).all() for each in (*gradients, o))
+    whole = attend(q, k, v, mask, **how)
+    np.testing.assert_allclose(o[:, :20], whole[:, :20], atol=1e-5)
+
+
 def test_blocks_that_causality_or_the_window_hide_are_not_listed():
     def pairs(mask):
         return set(blockwise_attention._pairs(mask, 64, 64, 16))
