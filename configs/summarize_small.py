@@ -36,7 +36,6 @@ def get_config() -> RunConfig:
             zero_init_outputs=True,
             tie_embeddings=True,
             logit_softcap=15.0,
-            dropout=0.2,
             compute_dtype="bfloat16",
         ),
         tokenizer=TokenizerConfig(kind="bpe", vocab_size=4096),
@@ -47,7 +46,7 @@ def get_config() -> RunConfig:
             context=64,
             packing="best_fit",
         ),
-        training=TrainingConfig(steps=1200, batch_size=16, label_smoothing=0.1),
+        training=TrainingConfig(steps=400, batch_size=8, label_smoothing=0.1),
         optimizer=OptimizerConfig(
             name="muon",
             learning_rate=3e-3,
@@ -58,6 +57,6 @@ def get_config() -> RunConfig:
             beta2=0.95,
             weight_decay=0.1,
         ),
-        evaluation=EvaluationConfig(every_steps=200, batch_size=32, task="summarization", task_max_tokens=64),
+        evaluation=EvaluationConfig(every_steps=100, batch_size=32, task="summarization", task_max_tokens=64),
         observe=ObserveConfig(every_steps=10),
     )
