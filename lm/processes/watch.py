@@ -36,13 +36,23 @@ class HostError(RuntimeError):
 
 
 def reachable(address: str, seconds: float = 2.0) -> bool:
-    """Whether something listens at HOST:PORT."""
+    """Whether something listens at HOST:PORT, and answers within `seconds`."""
+    return _failure(address, seconds) is None
+
+
+def closed(address: str, seconds: float = 2.0) -> bool:
+    """Whether the host says that nothing listens at HOST:PORT: unlike no answer, that isn't a busy machine."""
+    return isinstance(_failure(address, seconds), ConnectionRefusedError)
+
+
+def _failure(address: str, seconds: float) -> OSError | None:
+    """What hinders a connection to HOST:PORT; None where nothing does."""
     host, _, port = address.rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), seconds):
-            return True
-    except OSError:
-        return False
+            return None
+    except OSError as error:
+        return error
 
 
 def end_now(message: str | None, status: int) -> None:
@@ -94,18 +104,21 @@ class _Watch:
             self._tell(LOST_STATUS, _gone(lost))
 
     def _read(self, _: int) -> None:
+        found, broken = None, False
         try:
             found = coordination.take("lm/end", BEAT_SECONDS)
         except RuntimeError:
-            found = None
+            broken = True
         if self.stopped.is_set():
             return
         if found is not None:
             self._follow(json.loads(found))
-        silent = time.monotonic() - self.heard
-        if self.first or silent < 3 * BEAT_SECONDS:
+        if self.first:
             return
-        if silent > LOST_SECONDS or not reachable(coordination.address()):
+        silent = time.monotonic() - self.heard
+        # JAX finds the broken connection out as well, and aborts: _delay_aborting gives this thread 6 seconds
+        gone = broken and closed(coordination.address())
+        if gone or silent > LOST_SECONDS or (silent > 3 * BEAT_SECONDS and not reachable(coordination.address())):
             with self.ending:
                 end_now(self._line(f"{_gone([0])}, which the others depend on"), LOST_STATUS)
 
