@@ -12,14 +12,13 @@ import math
 import os
 import weakref
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.config import InputError, ModelConfig
+from lm.config import ModelConfig
 from lm.nn import language_model
 from lm.nn.cache import KeyValueCache
 from lm.nn.decoder import NAME, Memory, cross_specs, remember
@@ -98,11 +97,11 @@ def begin(params: Any, cfg: ModelConfig, prompts: Sequence[np.ndarray], sizes: S
         positions_BS = np.broadcast_to(np.arange(sizes.source, dtype=np.int32), tokens_BS.shape)
         memory = _remember(params, Source(tokens_BS, segments_BS, positions_BS), cfg=cfg)
         start_B = np.full(sizes.rows, cfg.start_id, np.int32)
-        return Begun(_empty(cfg, sizes.rows, sizes.slots), memory, start_B, np.zeros_like(start_B), rows, 0)
+        return Begun(empty_cache(cfg, sizes.rows, sizes.slots), memory, start_B, np.zeros_like(start_B), rows, 0)
     last_B = np.array([prompt[-1] for prompt in filled], np.int32)
     before_B = np.array([len(prompt) - 1 for prompt in filled], np.int32)
     if not sizes.prompt:
-        return Begun(_empty(cfg, sizes.rows, sizes.slots), None, last_B, before_B, rows, 0)
+        return Begun(empty_cache(cfg, sizes.rows, sizes.slots), None, last_B, before_B, rows, 0)
     tokens_BP, segments_BP = np.zeros((2, sizes.rows, sizes.prompt), np.int32)
     for row, prompt in enumerate(filled):
         place = slice(sizes.prompt - len(prompt) + 1, None)
@@ -111,7 +110,7 @@ def begin(params: Any, cfg: ModelConfig, prompts: Sequence[np.ndarray], sizes: S
     return Begun(cache, None, last_B, before_B, rows, sizes.prompt)
 
 
-def _empty(cfg: ModelConfig, rows: int, slots: int) -> KeyValueCache:
+def empty_cache(cfg: ModelConfig, rows: int, slots: int) -> KeyValueCache:
     """Layers with a sliding window get a ring: but with relative positions, which are counted by slots."""
     windows = [None if cfg.positions == "relative" else kind.window for kind in cfg.layer_pattern]
     dtype = numerics(cfg.compute_dtype).dtype
@@ -127,7 +126,7 @@ def _prefill(params: Any, tokens_BP: Array, segments_BP: Array, *, cfg: ModelCon
         tokens_BP,
         segments_BP,
         jnp.maximum(jnp.arange(P)[None] - before_B1, 0),
-        _empty(cfg, B, slots),
+        empty_cache(cfg, B, slots),
         cfg=cfg,
         constrain=unconstrained,
     )
@@ -305,62 +304,3 @@ def _turned(w: Array, inputs: int, cfg: ModelConfig, shares: int | None) -> Any:
     """In the compute dtype, but on a CPU in float32: its bfloat16 product of a single row takes seven times as long."""
     w = w.astype(numerics(cfg.compute_dtype).dtype)
     return w if shares is None else Turned.of(w.astype(jnp.float32), inputs=inputs, shares=shares)
-
-
-def check_memory(params: Any, cfg: ModelConfig, sizes: Sizes, *, beams: int, prompts: int) -> None:
-    """Raises InputError where the keys and values of a batch are more than the device's free memory."""
-    needed, free = cache_bytes(cfg, sizes, beams), free_bytes(params)
-    if free is None or needed <= free:
-        return
-    what = ("1 prompt" if prompts == 1 else f"{prompts:,} prompts at a time") + (
-        f" x {beams:,} beams" if beams > 1 else ""
-    )
-    fewer = "fewer beams, " if beams > 1 else ""
-    raise InputError(
-        f"{what}, of up to {sizes.slots + sizes.source:,} tokens each, need {needed / 1e9:,.1f} GB for keys and "
-        f"values, and {free / 1e9:,.1f} GB are free: use {fewer}fewer prompts at a time, or fewer tokens"
-    )
-
-
-def cache_bytes(cfg: ModelConfig, sizes: Sizes, beams: int) -> int:
-    """Of keys and values: twice where beams are put in another order, since that makes new ones."""
-    cache = jax.eval_shape(lambda: _empty(cfg, sizes.rows * beams, sizes.slots))
-    own = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((cache.keys, cache.values)))
-    width = 2 * cfg.num_layers * cfg.kv_heads * cfg.head_width * jnp.dtype(numerics(cfg.compute_dtype).dtype).itemsize
-    return own * (2 if beams > 1 else 1) + sizes.rows * sizes.source * width
-
-
-def free_bytes(params: Any) -> int | None:
-    """Memory that is free on the device of the parameters; None where nothing says."""
-    leaf = next((leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)), None)
-    device = jax.local_devices()[0] if leaf is None else next(iter(leaf.devices()))
-    stats = device.memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    if device.platform != "cpu":
-        return None
-    found = [*_available(), *_left_by_group()]
-    return min(found) if found else None
-
-
-def _available() -> list[int]:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return []
-    return [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-
-
-def _left_by_group(group: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """What the limit of a container leaves. Files that were read and can be dropped are in use, but free."""
-    for limit, used, details, dropped in (
-        ("memory.max", "memory.current", "memory.stat", "inactive_file "),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file "),
-    ):
-        try:
-            lines = (group / details).read_text().splitlines()
-            files = sum(int(line.removeprefix(dropped)) for line in lines if line.startswith(dropped))
-            return [int((group / limit).read_text()) - int((group / used).read_text()) + files]
-        except (OSError, ValueError):  # no such limit
-            continue
-    return []

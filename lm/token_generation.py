@@ -16,6 +16,7 @@ from lm import beams, decoding
 from lm.beams import Found, Search
 from lm.config import InputError, ModelConfig
 from lm.decoding import Sizes
+from lm.generation_memory import check_memory
 from lm.sampling import Sampling
 
 TURN_TOKENS = 16
@@ -116,7 +117,7 @@ def turns(
     if not prompts:
         return
     sizes = Sizes.of(cfg, prompts, max_tokens)
-    decoding.check_memory(params, cfg, sizes, beams=1, prompts=len(prompts))
+    check_memory(params, cfg, sizes, beams=1, prompts=len(prompts))
     ready, begun = decoding.ready_params(params, cfg), decoding.begin(params, cfg, prompts, sizes)
     seen_BV = None
     if sampling.repetition_penalty is not None:
@@ -166,7 +167,7 @@ def search_ids(
     if not prompts:
         return []
     sizes = Sizes.of(cfg, prompts, max_tokens)
-    decoding.check_memory(params, cfg, sizes, beams=search.num_beams, prompts=len(prompts))
+    check_memory(params, cfg, sizes, beams=search.num_beams, prompts=len(prompts))
     ready = decoding.ready_params(params, cfg)
     return beams.search(params, ready, cfg, list(prompts), sizes, search, max_tokens=max_tokens, stops=stops)
 

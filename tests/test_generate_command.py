@@ -160,6 +160,6 @@ def test_what_contradicts_itself_is_refused(flags, said, run, tmp_path, monkeypa
 
 
 def test_beams_beyond_memory_are_refused_before_they_start(run, monkeypatch):
-    monkeypatch.setattr("lm.decoding.free_bytes", lambda _: 10**6)
+    monkeypatch.setattr("lm.generation_memory.free_bytes", lambda _: 10**6)
     with pytest.raises(InputError, match="1 prompt x 64 beams.*use fewer beams"):
         commands.main(["generate", str(run), "--num-beams", "64", "--max-tokens", "1000"])

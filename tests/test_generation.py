@@ -11,10 +11,11 @@ import pytest
 import tokenizers
 
 import lm
-from lm import decoding, generation
+from lm import beams, decoding, generation, generation_memory
 from lm.beams import Search
 from lm.config import InputError, ModelConfig, RunConfig
 from lm.data.tokenizer import ByteTokenizer, FileTokenizer, train_bpe
+from lm.decoding import Sizes
 from lm.generation import _continuation, generate, n_best
 from lm.nn import language_model, params
 from lm.sampling import Sampling
@@ -174,7 +175,7 @@ def test_what_does_not_fit_fails_before_anything_is_written(tree, cfg, monkeypat
     written = []
     real = generation.generate_ids
     monkeypatch.setattr(generation, "generate_ids", lambda *a, **k: written.append(len(a[2])) or real(*a, **k))
-    monkeypatch.setattr(decoding, "free_bytes", lambda _: 100_000)
+    monkeypatch.setattr(generation_memory, "free_bytes", lambda _: 100_000)
     prompts = ["a", "b" * 1000, "c", "d"]
     for how in ({"max_tokens": 8}, {"max_tokens": None}):
         with pytest.raises(InputError, match="GB are free"):
@@ -220,8 +221,32 @@ def test_beams_of_a_batch_equal_one_by_one(tree, cfg):
         np.testing.assert_allclose(scores, [each.score for each in alone], rtol=1e-5)
 
 
+@pytest.mark.parametrize("changes", [{}, {"window": (16,)}])
+@pytest.mark.parametrize("sizes, width", [(Sizes(8, 16, 200, 0), 8), (Sizes(2, 16, 4000, 0), 3)])
+def test_the_plan_of_memory_is_what_the_compiler_needs(cfg, tree, changes, sizes, width):
+    """Of a search and of a draw: at least what XLA counts, the weights aside, and less than twice that."""
+    cfg = dataclasses.replace(cfg, **changes)
+    ready, prompts = decoding.ready_params(tree, cfg), [PROMPTS[1]] * sizes.rows
+    begun = decoding.begin(tree, cfg, prompts, sizes)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(ready))
+    one, stops = np.int32(1), np.array([3], np.int32)
+    powers = np.ones(sizes.new + 2, np.float32)
+    how = {"cfg": cfg, "beams": width, "new": sizes.new, "prompt_slots": begun.prompt_slots}
+    searching = beams._search.lower(
+        ready, begun._replace(rows=0, prompt_slots=0), one, one, stops, powers, **how, early_stopping=False,
+        lengthening=False,
+    )  # fmt: skip
+    state = decoding.first_state(begun, jax.random.split(jax.random.key(0), sizes.rows), sizes.new, None)
+    drawing = decoding.advance.lower(ready, state, None, one, stops, GREEDY.numbers(), cfg=cfg, form=GREEDY.form())
+    for lowered, count in ((searching, width), (drawing, 1)):
+        found = lowered.compile().memory_analysis()
+        needed = found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes
+        needed -= found.alias_size_in_bytes + weights
+        assert 0.95 * needed <= generation_memory.batch_bytes(cfg, sizes, count) <= 2 * needed
+
+
 def test_memory_is_planned(tree, cfg, monkeypatch):
-    monkeypatch.setattr(decoding, "free_bytes", lambda _: 10**6)
+    monkeypatch.setattr(generation_memory, "free_bytes", lambda _: 10**6)
     with pytest.raises(InputError, match=r"3 prompts at a time x 8 beams.* GB are free: use fewer beams"):
         run(tree, cfg, PROMPTS, num_beams=8, max_tokens=200)
     run(tree, cfg, PROMPTS, max_tokens=12)

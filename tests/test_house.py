@@ -13,7 +13,7 @@ ROOMS = (
     {"config", "allocator", "fields", "differences", "validation", "nn", "processes", "costs"},
     {"model", "parallel", "fsdp", "sharded_attention", "data", "compilation"},
     {"checkpoint", "run_directory", "manifest", "arrays"},
-    {"generation", "token_generation", "sampling", "decoding", "beams", "streaming"},
+    {"generation", "token_generation", "sampling", "decoding", "generation_memory", "beams", "streaming"},
     {"evaluation"},
     {"training"},
     {"interop", "observe"},

@@ -18,7 +18,8 @@ from lm.beams import Search
 from lm.checkpoint import Loaded
 from lm.config import InputError
 from lm.data.tokenizer import Tokenizer
-from lm.decoding import Sizes, check_memory
+from lm.decoding import Sizes
+from lm.generation_memory import check_memory
 from lm.sampling import Sampling
 from lm.token_generation import generate_ids, room
 
