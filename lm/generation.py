@@ -45,12 +45,13 @@ class TextModel(NamedTuple):
             found = [source_ids(self.source_tokenizer or self.tokenizer, prompt) for prompt in prompts]
         else:
             found = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
-        longest = max(map(len, found), default=0)
-        if self.context is not None and longest > self.context:
-            what = "source" if self.cfg.has_encoder else "prompt"
-            raise InputError(
-                f"a {what} of {longest:,} tokens is longer than the model's context of {self.context:,}: shorten it"
-            )
+        for number, ids in enumerate(found, 1):
+            if self.context is not None and len(ids) > self.context:
+                what = "source" if self.cfg.has_encoder else "prompt"
+                what = f"{what} {number}," if len(found) > 1 else f"a {what}"
+                raise InputError(
+                    f"{what} of {len(ids):,} tokens is longer than the model's context of {self.context:,}: shorten it"
+                )
         return found
 
     def tokens(self, prompt: np.ndarray, max_tokens: int | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +15,16 @@ from lm.config import InputError
 
 def writable_file(flag: str, path: str) -> Path:
     """The path of a file to write. Raises InputError where it can't be."""
-    target = Path(path)
-    folder = target.absolute().parent
-    taken = target.exists() and (not os.access(target, os.W_OK) or target.is_dir())
-    if not path or taken or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise InputError(f"{flag} {path!r}: name a file, in a folder that is there and can be written to")
+    wrong = InputError(f"{flag} {path!r}: name a file, in a folder that is there and can be written to")
+    try:
+        target = Path(path)
+        folder = _place(target).parent
+        taken = target.exists() and (not os.access(target, os.W_OK) or target.is_dir())
+        taken |= not folder.is_dir() or not os.access(folder, os.W_OK)
+    except (OSError, ValueError) as error:  # a name that can be none
+        raise wrong from error
+    if not path or taken:
+        raise wrong
     return target
 
 
@@ -29,13 +35,19 @@ def whole_file(target: Path) -> Iterator[TextIO]:
         with target.open("w", encoding="utf-8") as file:
             yield file
         return
-    scratch = target.with_name(f".{target.name}-{os.getpid()}")
+    place = _place(target)
+    scratch = place.with_name(f".{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with scratch.open("w", encoding="utf-8") as file:
             yield file
-        scratch.replace(target)
+        scratch.replace(place)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def _place(target: Path) -> Path:
+    """Where a file is in the end: a link to it stays one. Of a pipe or a device the path itself."""
+    return target.absolute() if target.exists() and not target.is_file() else target.resolve()
 
 
 def new_folder(what: str, path: str) -> Path:

@@ -93,6 +93,43 @@ def test_a_conversation_answers_each_line(run, monkeypatch, capsys):
     assert capsys.readouterr().out == "".join(text + "\n" for text in expected(run, ["ab", "cd"]))
 
 
+def test_the_flag_of_a_conversation_may_stand_before_the_model(run, monkeypatch, capsys):
+    for flag in (["--interactive"], ["--interactive", "True"]):
+        monkeypatch.setattr("sys.stdin", io.StringIO("ab\n"))
+        commands.main(["generate", *flag, str(run), *GREEDY])
+        assert capsys.readouterr().out == expected(run, ["ab"])[0] + "\n"
+
+
+@pytest.mark.parametrize("flags", [["--interactive"], ["--input", "-"]])
+def test_a_closed_standard_input_is_told(flags, run, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(InputError, match="closed"):
+        commands.main(["generate", str(run), *flags, *GREEDY])
+
+
+@pytest.mark.parametrize("prompt", ["--foo", "None", "-"])
+def test_any_word_can_be_a_prompt(prompt, run, capsys):
+    commands.main(["generate", str(run), "--prompt", prompt, *GREEDY])
+    assert capsys.readouterr().out == prompt + expected(run, [prompt])[0] + "\n"
+
+
+def test_of_several_prompts_the_one_that_is_too_long_is_named(tmp_path):
+    run = written(tmp_path / "run", positions="learned", max_positions=12)
+    (tmp_path / "in.txt").write_text("ab\nfar too long for twelve positions\n")
+    with pytest.raises(InputError, match="prompt 2, of 34 tokens"):
+        commands.main(["generate", str(run), "--input", f"{tmp_path}/in.txt", *GREEDY])
+
+
+def test_a_link_to_the_output_stays_one(run, tmp_path, capsys):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder" / "out.txt")
+    for _ in range(2):  # where it leads to nothing yet, and to a file
+        commands.main(["generate", str(run), "--prompt", "ab", "--output", f"{tmp_path}/link", *GREEDY])
+    assert (tmp_path / "link").is_symlink() and "1 texts" in capsys.readouterr().out
+    assert (tmp_path / "folder" / "out.txt").read_text() == one_line(expected(run, ["ab"])[0]) + "\n"
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["out.txt"]
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -138,14 +175,18 @@ def test_the_best_few_of_a_search_have_their_scores(encoder_decoder, capsys):
         ("--repetition-penalty 0", "repetition_penalty is 0"),
         ("--num-beams 4 --temperature 0.7", "--temperature has no effect"),
         ("--num-beams 4 --samples 2", "--samples has no effect"),
-        ("--num-beams 0", "num_beams is 0"),
+        ("--num-beams 4 --seed 1", "--seed has no effect"),
+        ("--num-beams 0", "--num-beams is 0"),
+        ("--interactive --num-beams 0", "--num-beams is 0"),
+        ("--interactive --batch-size 0", "--batch-size is 0"),
         ("--num-beams 2 --num-return 3", "num_return is 3"),
         ("--num-return 2", "--num-return is of a beam search"),
         ("--length-penalty 0.5", "--length-penalty is of a beam search"),
         ("--stop-ids 999", "stop id 999"),
-        ("--batch-size 0", "batch_size is 0"),
+        ("--batch-size 0", "--batch-size is 0"),
         ("--samples 0", "--samples is 0"),
         ("--output .", "--output"),
+        (f"--output {'n' * 300}", "name a file"),
     ],
 )
 def test_what_contradicts_itself_is_refused(flags, said, run, tmp_path, monkeypatch):

@@ -21,7 +21,9 @@ class Generate:
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run directory, one checkpoint inside it, or a Hugging Face model folder."""
-    prompt: str | None = None
+    prompt: Annotated[
+        str | None, tyro.conf.arg(constructor=str, metavar="TEXT", help_behavior_hint="(default: None)")
+    ] = None
     """Text to continue. None: the empty one, without --input and --interactive."""
     input: str | None = None
     """A file with a prompt in each line; - is standard input. What is written for each is a line of its own, a line
@@ -56,8 +58,8 @@ class Generate:
     """When a search ends: see lm/beams.py."""
     num_return: int = 1
     """With --num-beams: how many of the best texts are given for each prompt, with their scores."""
-    seed: int = 0
-    """Seed of the draws."""
+    seed: int | None = None
+    """Seed of the draws. None: 0."""
     batch_size: int = 16
     """Prompts at a time. Changes no text."""
     dtype: Literal["float32", "bfloat16", "tensorfloat32"] = "float32"
@@ -68,7 +70,7 @@ class Generate:
 
 def generate(argv: Sequence[str]) -> None:
     """Prints the prompt with each continuation; of lines of a file, and what an encoder_decoder writes, these alone."""
-    arguments = cli.parse(Generate, _with_value(argv, "--interactive"), prog="python -m lm generate")
+    arguments = cli.parse(Generate, _with_values(argv), prog="python -m lm generate")
     _check_generate(arguments)
     prompts = [arguments.prompt or ""] if arguments.input is None else _lines(arguments.input)
     target = None if arguments.output is None else output.writable_file("--output", arguments.output)
@@ -104,18 +106,24 @@ def generate(argv: Sequence[str]) -> None:
         print(("\n" + "-" * 60 + "\n").join(whole))
 
 
-def _with_value(argv: Sequence[str], flag: str) -> list[str]:
-    """A boolean flag that stands alone means True."""
+def _with_values(argv: Sequence[str]) -> list[str]:
+    """--interactive alone means True; what follows --prompt is the prompt, also where it looks like a flag."""
     found: list[str] = []
-    for word, after in zip(argv, [*argv[1:], "--"], strict=True):
-        found += [word, "True"] if word == flag and after.startswith("-") else [word]
-    return found
+    words = iter(argv)
+    for word in words:
+        if word == "--prompt" and (text := next(words, None)) is not None:
+            word = f"--prompt={text}"
+        elif found and found[-1] == "--interactive" and word not in ("True", "False"):
+            found.append("True")
+        found.append(word)
+    return [*found, "True"] if found and found[-1] == "--interactive" else found
 
 
 def _check_generate(arguments: Generate) -> None:
     """Raises InputError on arguments that contradict each other, before anything is loaded."""
-    if arguments.samples < 1:
-        raise InputError(f"--samples is {arguments.samples}: use 1 or more")
+    for name in ("samples", "num_beams", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: use 1 or more")
     given = [
         f"--{name}" for name in ("prompt", "input", "interactive") if getattr(arguments, name) not in (None, False)
     ]
@@ -123,7 +131,7 @@ def _check_generate(arguments: Generate) -> None:
         raise InputError(f"{' and '.join(given)} both say what the prompts are: use one of them")
     if arguments.interactive and (arguments.output is not None or arguments.samples > 1 or arguments.num_beams != 1):
         raise InputError("--interactive shows a text as it is drawn: leave out --output, --samples and --num-beams")
-    drawing = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop")
+    drawing = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
     drawn = [name for name in drawing if getattr(arguments, name) not in (None, ())]
     drawn = [name for name in drawn if (name, getattr(arguments, name)) != ("temperature", 0.0)]
     if arguments.samples > 1:
@@ -143,9 +151,9 @@ def _check_generate(arguments: Generate) -> None:
 
 
 def _draws(arguments: Generate) -> dict[str, Any]:
-    names = ("top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
+    names = ("top_k", "top_p", "min_p", "repetition_penalty", "stop")
     temperature = 0.8 if arguments.temperature is None else arguments.temperature
-    return {"temperature": temperature, **{name: getattr(arguments, name) for name in names}}
+    return {"temperature": temperature, "seed": arguments.seed or 0, **{n: getattr(arguments, n) for n in names}}
 
 
 def _search(arguments: Generate) -> dict[str, Any]:
@@ -160,6 +168,8 @@ def _search(arguments: Generate) -> dict[str, Any]:
 def _lines(name: str) -> list[str]:
     """The prompts of a file."""
     try:
+        if name == "-" and sys.stdin is None:
+            raise InputError("--input - can't be read: standard input is closed")
         text = (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
@@ -177,6 +187,8 @@ def _converse(arguments: Generate, run: Any) -> None:
     """Prompts from standard input, one line each, until its end. At a terminal an error about one ends nothing."""
     from lm import api
 
+    if sys.stdin is None:
+        raise InputError("--interactive reads standard input, which is closed: leave it open, or use --prompt")
     asking = sys.stdin.isatty()
     while True:
         if asking:

@@ -40,8 +40,8 @@ class Decoding(NamedTuple):
     def validate(self) -> Decoding:
         """Raises InputError on a value out of range; returns the object itself."""
         for name in ("max_tokens", "num_beams", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}: use 1 or more")
+            if not 1 <= getattr(self, name) < 2**31:
+                raise InputError(f"{name} is {getattr(self, name)}: use 1 or more, and fewer than 2**31")
         if self.length_penalty is not None and not math.isfinite(self.length_penalty):
             raise InputError(f"length_penalty is {self.length_penalty}: use a finite number, 1 to compare means")
         if self.length_penalty is not None and self.num_beams == 1:
@@ -124,7 +124,9 @@ def check_room(run: Loaded, prompts: Sequence[np.ndarray], decoding: Decoding) -
     most = sorted(prompts, key=len)[-decoding.batch_size :]
     _check_positions(run, prompts, decoding)
     if decoding.num_beams > 1:
-        Search(decoding.num_beams).check_candidates(run.config.model, int(_tokenizer(run).eos is not None))
+        search = Search(decoding.num_beams, 1.0 if decoding.length_penalty is None else decoding.length_penalty)
+        search.check_candidates(run.config.model, int(_tokenizer(run).eos is not None))
+        search.check_lengths(decoding.max_tokens)
     sizes = Sizes.of(run.config.model, most, decoding.max_tokens)
     check_memory(run.params, run.config.model, sizes, beams=decoding.num_beams, prompts=len(most))
 

@@ -270,6 +270,7 @@ def test_what_is_refused(run, pairs, tmp_path, monkeypatch):
         TaskEvaluator("translation", open_corpus(f"text:{tmp_path}/plain.txt"), Decoding(4), pair_separator="\n")
     for wrong, message in (
         (Decoding(0), "max_tokens is 0"),
+        (Decoding(2**31), "max_tokens is 2147483648: .* fewer than"),
         (Decoding(4, 0), "num_beams is 0"),
         (Decoding(4, 1, 0.6), "length_penalty is 0.6, but a single beam"),
         (Decoding(4, 2, float("nan")), "length_penalty is nan: use a finite number"),
@@ -283,6 +284,8 @@ def test_what_is_refused(run, pairs, tmp_path, monkeypatch):
         TaskEvaluator("translation", pairs, Decoding(90), pair_separator="\n").check(learned)
     with pytest.raises(InputError, match="prompts at a time x 60 beams, .* GB are free: use fewer beams"):
         TaskEvaluator("translation", pairs, Decoding(10**9, 60), pair_separator="\n").check(run)
+    with pytest.raises(InputError, match="60 tokens to the power of it are beyond float32"):
+        TaskEvaluator("translation", pairs, Decoding(60, 2, -9.0), pair_separator="\n").check(run)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for task, package in (("translation", "sacrebleu"), ("summarization", "rouge-score")):
         with pytest.raises(InputError, match=f"pip install {package}"):
