@@ -181,6 +181,13 @@ def source_ids(tokenizer: Tokenizer, source: str) -> np.ndarray:
     return np.concatenate([_encoded(tokenizer, source), np.array(end, np.int32)])
 
 
+def shortened(source: np.ndarray, longest: int, eos: int | None) -> np.ndarray:
+    """The beginning of a source's ids, as training cuts it: an EOS at its end stays there."""
+    if len(source) <= longest or eos is None:
+        return source[:longest]
+    return np.append(source[: longest - 1], source[-1:])
+
+
 def _encoded(tokenizer: Tokenizer, text: str) -> np.ndarray:
     try:
         text.encode()  # some tokenizers say less clearly that they can't

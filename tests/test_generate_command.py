@@ -185,6 +185,7 @@ def test_the_best_few_of_a_search_have_their_scores(encoder_decoder, capsys):
         ("--stop-ids 999", "stop id 999"),
         ("--batch-size 0", "--batch-size is 0"),
         ("--samples 0", "--samples is 0"),
+        ("--samples 2 --temperature 0", "would all be the same text"),
         ("--output .", "--output"),
         (f"--output {'n' * 300}", "name a file"),
     ],

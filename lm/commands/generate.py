@@ -124,6 +124,10 @@ def _check_generate(arguments: Generate) -> None:
     for name in ("samples", "num_beams", "batch_size"):
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: use 1 or more")
+    if arguments.samples > 1 and arguments.temperature == 0:
+        raise InputError(
+            f"--samples {arguments.samples} of --temperature 0 would all be the same text: leave out one of the two"
+        )
     given = [
         f"--{name}" for name in ("prompt", "input", "interactive") if getattr(arguments, name) not in (None, False)
     ]

@@ -23,6 +23,7 @@ from lm.evaluation.perplexity import EachDocument, first_documents
 from lm.evaluation.scorer import rows_at_once, score
 from lm.evaluation.scores import PerDocument, Scores, ratio_standard_error
 from lm.evaluation.windows import Packed, Piece
+from lm.generation import shortened
 from lm.nn.source import Source
 
 SHORTEST = 16
@@ -195,9 +196,7 @@ class PairEvaluator:
         for row, place in enumerate(places):
             document = self.documents[place]
             target = target_ids(self.store, document)
-            source = source_ids(self.store, document)
-            if len(source) > self._sources_D[place]:  # its end stays its end
-                source = np.append(source[: self._sources_D[place] - 1], source[-1:])
+            source = shortened(source_ids(self.store, document), self._sources_D[place], self.store.sources.eos)
             targets_RW[row, : len(target)] = target
             tokens_RW[row, : len(target)] = np.append(np.int32(self._start), target[:-1])
             segments_RW[row, : len(target)] = 1

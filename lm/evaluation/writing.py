@@ -108,14 +108,13 @@ def _read(run: Loaded, sources: Sequence[str]) -> tuple[list[np.ndarray], list[b
         return prompts, [False] * len(prompts)
     reader = run.source_tokenizer or _tokenizer(run)
     whole = [generation.source_ids(reader, source) for source in sources]
-    trained = None if run.step is None else config.data.source_length
+    trained = config.data.source_length if run.step else None  # an imported model has been trained on nothing here
     learned = config.model.position_rows if config.model.positions == "learned" else None
     longest = min((limit for limit in (trained, learned) if limit is not None), default=None)
     if longest is None:
         return whole, [False] * len(whole)
     cut = [len(ids) > longest for ids in whole]
-    shortened = [np.append(ids[: longest - 1], ids[-1:]) for ids in whole]  # its end stays its end
-    return [short if is_cut else ids for short, ids, is_cut in zip(shortened, whole, cut, strict=True)], cut
+    return [generation.shortened(ids, longest, reader.eos) for ids in whole], cut
 
 
 def check_room(run: Loaded, prompts: Sequence[np.ndarray], decoding: Decoding) -> None:

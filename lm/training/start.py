@@ -24,7 +24,7 @@ from lm.data.tokenizer import Tokenizer
 from lm.differences import differences, forbidden_on_resume
 from lm.evaluation.tasks import check_task
 from lm.fields import check_types
-from lm.generation import prompt_ids
+from lm.generation import prompt_ids, source_ids
 from lm.manifest import read_manifest
 from lm.nn.language_model import model_specs
 from lm.parallel import check_batch, make_mesh, parameter_shardings, rules_of
@@ -125,7 +125,7 @@ def prepare(
         tokenizer, source_tokenizer = used
         config = _resolved(config, used)
         parameter_shardings(mesh, model_specs(config.model), rules)  # raises where the mesh doesn't divide it
-        _check_sample(config, tokenizer)
+        _check_sample(config, tokenizer, source_tokenizer)
         stores = [tokens_of(part.corpus, used, config, progress) for part in splits.train]
         validation = {
             name: Validation(text, tokens_of(text, used, config, progress)) for name, text in splits.validation.items()
@@ -268,10 +268,11 @@ def _check_task(config: RunConfig, used: Tokenizers, validation: Mapping[str, Va
         evaluator.check(Loaded(config, {}, used.tokenizer, 0, Path(), used.source))
 
 
-def _check_sample(config: RunConfig, tokenizer: Tokenizer) -> None:
+def _check_sample(config: RunConfig, tokenizer: Tokenizer, source_tokenizer: Tokenizer | None) -> None:
     if config.observe.sample_prompt is None:
         return
-    tokens = len(prompt_ids(tokenizer, config.observe.sample_prompt))
+    read = source_ids if config.model.has_encoder else prompt_ids
+    tokens = len(read(source_tokenizer or tokenizer, config.observe.sample_prompt))
     left = room(config.model, tokens)
     if tokens == 0 or (left is not None and left < 1):
         limit = (

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from sacrebleu.metrics import BLEU, CHRF
 
+from lm import generation
 from lm.beams import Search
 from lm.checkpoint import Loaded
 from lm.config import InputError, ModelConfig, RunConfig
@@ -212,8 +213,15 @@ def test_an_encoder_reads_the_source_with_eos_cut_as_it_was_trained(encoder_deco
         encoder_decoder, config=dataclasses.replace(config, data=dataclasses.replace(config.data, source_context=4))
     )
     assert writing.prompts_of(short, ["abcdef", "ab"])[0].tolist() == [*tokenizer.encode("abc"), tokenizer.eos]
-    elsewhere = dataclasses.replace(short, step=None)  # what another library trained was not cut here
-    assert writing.prompts_of(elsewhere, ["abcdef"])[0].tolist() == whole.tolist()
+    for step in (None, 0):  # what another library trained was not cut here, imported or read where it lies
+        elsewhere = dataclasses.replace(short, step=step)
+        assert writing.prompts_of(elsewhere, ["abcdef"])[0].tolist() == whole.tolist()
+
+
+def test_a_source_without_eos_is_cut_to_its_beginning():
+    assert generation.shortened(np.arange(9), 4, eos=8).tolist() == [0, 1, 2, 8]
+    assert generation.shortened(np.arange(9), 4, eos=None).tolist() == [0, 1, 2, 3]
+    assert generation.shortened(np.arange(4), 4, eos=3).tolist() == [0, 1, 2, 3]
 
 
 def test_an_encoder_reads_by_its_own_tokenizer(encoder_decoder):
