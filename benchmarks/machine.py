@@ -19,6 +19,7 @@ from rich.console import Console
 
 from lm import output
 from lm.config import InputError
+from lm.cores import usable_cores
 
 PACKAGES = ("lm", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
@@ -62,7 +63,7 @@ def describe() -> dict[str, Any]:
     huge_pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return {
         "processor": entries.get("model name", platform.processor()),
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "flags": [flag for flag in CPU_FLAGS if flag in flags],
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "memory_bytes_per_second": memory_bandwidth(),
@@ -78,7 +79,7 @@ def describe() -> dict[str, Any]:
 
 def memory_bandwidth() -> float:
     """Bytes a second that all cores together read from main memory: the best of ten sums over 268 MB."""
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     parts = np.array_split(np.ones(2**26, np.float32), cores)
     passes = []
     with ThreadPoolExecutor(cores) as pool:

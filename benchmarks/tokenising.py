@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+from lm.cores import usable_cores
 from lm.data import tokenizer
 from lm.data.sources import stdlib
 
@@ -72,7 +72,7 @@ def measured(program: str, *arguments: object) -> list[float]:
 
 def measure(megabytes: int, repeats: int) -> dict[str, float]:
     """The ratio of the two rates, and peaks of memory in MB of the process that builds and reads a store."""
-    found: dict[str, float] = {"cores": os.cpu_count() or 1}
+    found: dict[str, float] = {"cores": usable_cores()}
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         bpe = root / "tokenizer.json"

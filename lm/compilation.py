@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import os
 import platform
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import jax
 import jaxlib
 
 from lm.config import InputError
+from lm.cores import usable_cores
 from lm.data import cache
 
 MAX_BYTES = 2**30
@@ -58,8 +58,7 @@ def environment() -> str:
 
     A program for a CPU holds machine code for its instruction set, divided over its threads.
     """
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    digest = hashlib.sha256(f"{_processor()}\n{threads} threads".encode()).hexdigest()
+    digest = hashlib.sha256(f"{_processor()}\n{usable_cores()} threads".encode()).hexdigest()
     return f"jax-{jax.__version__}-jaxlib-{jaxlib.__version__}-cpu-{digest[:12]}"
 
 

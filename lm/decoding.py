@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.config import ModelConfig
+from lm.cores import usable_cores
 from lm.nn import language_model
 from lm.nn.cache import KeyValueCache
 from lm.nn.decoder import NAME, Memory, cross_specs, remember
@@ -268,7 +268,7 @@ def ready_params(params: Any, cfg: ModelConfig) -> Any:
     _kept.clear()
     devices = leaves[0].devices() if placed else {jax.local_devices()[0]}
     turning = len(devices) == 1 and next(iter(devices)).platform == "cpu"
-    made = _ready(params, cfg=cfg, shares=min(len(os.sched_getaffinity(0)), MOST_SHARES) if turning else None)
+    made = _ready(params, cfg=cfg, shares=min(usable_cores(), MOST_SHARES) if turning else None)
     if placed:
         _kept.append((how, [weakref.ref(leaf, lambda _: _kept.clear()) for leaf in leaves], made))
     return made

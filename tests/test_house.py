@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Rooms from left to right; a file imports only from its own room and from rooms to its left.
 ROOMS = (
-    {"config", "allocator", "fields", "differences", "validation", "nn", "processes", "costs"},
+    {"config", "allocator", "cores", "fields", "differences", "validation", "nn", "processes", "costs"},
     {"model", "parallel", "fsdp", "sharded_attention", "data", "compilation"},
     {"checkpoint", "run_directory", "manifest", "arrays"},
     {"generation", "token_generation", "sampling", "decoding", "generation_memory", "beams", "streaming"},

@@ -9,7 +9,6 @@ import bisect
 import contextlib
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lm.config import InputError
+from lm.cores import usable_cores
 from lm.data import cache, marks, store
 from lm.data.column import Column, SortedColumn, allow_open_files
 from lm.data.corpus import Corpus
@@ -144,7 +144,7 @@ def tokenize(
         with cache.locked(lock) as alone:
             if not directory.exists():  # another process may have made it while this one waited
                 cache.clear_leftovers(folder, BUILDING)
-                _make(directory, corpus, tokenizer, fingerprint, processes or _cores(), progress, alone)
+                _make(directory, corpus, tokenizer, fingerprint, processes or usable_cores(), progress, alone)
             lock.unlink(missing_ok=True)  # who waits on it finds the store
     shards = None
     if isinstance(corpus, TokenFiles) and corpus.split is None:
@@ -181,11 +181,6 @@ def _make(
             f"the token store of {corpus.source} can't be written under {scratch.parent}: {error.strerror}; make room, "
             "and the same command goes on from where it was, or set LM_CACHE to another folder"
         ) from error
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _described(directory: Path) -> dict[str, Any]:
