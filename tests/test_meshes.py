@@ -13,6 +13,8 @@ from lm.parallel import make_mesh
 
 from .training.ten_steps import batch_at, losses, pairs_at, run_config
 
+pytestmark = pytest.mark.thorough
+
 MESHES = {
     "data=8": ParallelConfig(),
     "fsdp=8": ParallelConfig(fsdp=8),

@@ -21,6 +21,8 @@ from lm.training.state import TrainState, abstract_state, create_state
 
 from .training import ten_steps
 
+pytestmark = pytest.mark.thorough
+
 MESHES = {
     "one device": {"data": 1},
     "fsdp 8": {"fsdp": 8},

@@ -19,6 +19,8 @@ from ..conftest import SHAPES, resolved
 from .attention_cases import arrays, assert_equals_reference, compute, packed
 from .test_language_model import assert_close, total_and_gradient, weights_of
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture
 def small_blocks(monkeypatch):

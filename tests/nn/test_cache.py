@@ -17,6 +17,8 @@ from lm.nn.source import Source
 from ..conftest import PAIR_SHAPES, SHAPES, VOCABULARY, resolved
 from .test_language_model import weights_of
 
+pytestmark = pytest.mark.thorough
+
 B, T, PROMPT, SLOTS = 2, 14, 6, 16
 SEGMENTS = np.array([[1] * T, [0] * 3 + [1] * (T - 3)], np.int32)
 POSITIONS = np.maximum(np.cumsum(SEGMENTS, axis=1) - 1, 0).astype(np.int32)

@@ -20,6 +20,8 @@ from lm.nn.source import Source
 
 from ..conftest import PAIR_SHAPES, VOCABULARY, resolved
 
+pytestmark = pytest.mark.thorough
+
 PAIRS = [(5, 4), (3, 6), (1, 2), (4, 1)]
 """Ids of each source, and of its target."""
 SOURCES = 47

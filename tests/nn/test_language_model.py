@@ -23,6 +23,8 @@ POSITIONS = jnp.array([[*range(5), *range(4), *range(3)], [*range(2), *range(7),
 
 
 apply = jax.jit(language_model.apply, static_argnames="cfg")
+MOST_PARTS = ("gemma", "modern", "tutorial")
+"""Of the shapes those that have most kinds of layers among them: for tests that compile gradients again and again."""
 
 
 def weights_of(cfg, seed=0):
@@ -66,6 +68,7 @@ def assert_close(got, wanted, tolerance):
         np.testing.assert_allclose(a, b, atol=tolerance * scale, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.thorough
 def test_no_token_sees_the_future_or_another_document(model):
     """The gradient of every position's logits by every input embedding, through the whole stack."""
     tree = weights_of(model)
@@ -89,6 +92,7 @@ def test_no_token_sees_the_future_or_another_document(model):
         np.testing.assert_array_equal(seen[b, t], wanted)
 
 
+@pytest.mark.thorough
 def test_a_packed_row_equals_its_pieces_alone(model):
     tree = weights_of(model)
     tokens_BT, targets_BT = tokens(), tokens(3)
@@ -101,6 +105,8 @@ def test_a_packed_row_equals_its_pieces_alone(model):
     assert np.abs(blind - packed)[1, 3:].max() > 1e-3, "without segments the pieces see one another"
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("model", MOST_PARTS, indirect=True)
 def test_scanned_unrolled_and_remat_agree(model):
     keys_B = jax.random.split(jax.random.key(9), B)
     model = dataclasses.replace(model, dropout=0.2)
@@ -113,6 +119,8 @@ def test_scanned_unrolled_and_remat_agree(model):
     assert abs(total_and_gradient(dataclasses.replace(model, dropout=0.0), tree)[0] - value) > 1e-2
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("model", MOST_PARTS, indirect=True)
 def test_bfloat16_and_tensorfloat32_are_close(model):
     tree = weights_of(model)
     value, gradient = total_and_gradient(model, tree)
@@ -143,6 +151,7 @@ def test_padding_of_the_vocabulary_changes_nothing(model):
 forward_cached = jax.jit(language_model.forward_cached, static_argnames=("cfg", "constrain"))
 
 
+@pytest.mark.thorough
 def test_cached_decoding_equals_the_whole_row(model):
     tree = weights_of(model)
     whole = apply(tree, tokens(), cfg=model)[..., :VOCABULARY]
