@@ -30,6 +30,7 @@ from lm.config import (
     RunConfig,
     TrainingConfig,
 )
+from lm.training import run
 from tests.end_to_end.commands import evaluations, records
 
 ENGLISH = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
@@ -114,6 +115,27 @@ def test_in_the_loop_and_at_the_end(of_each_family, pairs):
     assert [f"{each['source']}\t{each['references'][0]}" for each in written] == held
     score = BLEU().corpus_score([each["prediction"] for each in written], [[each["references"][0] for each in written]])
     assert result["metrics"]["bleu"] == score.score
+
+
+def test_memory_that_has_gone_meanwhile_costs_the_task_and_not_the_run(pairs, tmp_path, monkeypatch, capsys):
+    real = run.task_evaluator
+
+    def failing_once(*arguments, **how):
+        evaluator, asked = real(*arguments, **how), []
+
+        def evaluate(loaded):
+            asked.append(loaded)
+            if len(asked) == 1:
+                raise InputError("0.1 GB are free")
+            return evaluator(loaded)
+
+        return evaluate
+
+    monkeypatch.setattr(run, "task_evaluator", failing_once)
+    lm.train(config_of(pairs), tmp_path / "run")
+    assert "step 6  the task is left out: 0.1 GB are free" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "run" / "predictions").iterdir()] == ["12.jsonl"]
+    assert checkpoint.read_manifest(checkpoint.locate(tmp_path / "run", "best")).step == 12
 
 
 def test_a_complete_run_keeps_it_and_another_way_of_writing_is_done_anew(trained, pairs, capsys):
