@@ -83,6 +83,8 @@ class Arguments(cli.Processes):
 
 def evaluate(argv: Sequence[str]) -> None:
     arguments = cli.parse(Arguments, argv, prog="eval.py")
+    if "--compare" in argv and not arguments.compare:
+        raise InputError("--compare names no model: give it one or more, or leave it out")
     _check_task(arguments)
     _check_harness(arguments)
     allocator.keep_freed_memory()
@@ -139,10 +141,17 @@ def _write(result: dict[str, Any], files: dict[str, Path]) -> None:
 
 
 def _files(arguments: Arguments) -> dict[str, Path]:
-    """The files to write, checked."""
+    """The files to write, checked: none is a text or a model that is read."""
+    from lm.data.sources.named import named_files
+    from lm.run_directory import read_of_a_model
+
+    models = [part for model in (arguments.model, *arguments.compare) for part in read_of_a_model(model)]
+    read = [*models, *named_files([arguments.data or ""])]
     given = {name: getattr(arguments, name) for name in ("json", "by_document", "tokens", "predictions")}
     flags = {name: f"--{name.replace('_', '-')}" for name in given}
-    files = {name: output.writable_file(flags[name], path) for name, path in given.items() if path is not None}
+    files = {
+        name: output.writable_file(flags[name], path, read=read) for name, path in given.items() if path is not None
+    }
     if len({path.resolve() for path in files.values()}) < len(files):
         raise InputError(f"{' and '.join(flags[name] for name in files)} name one file: give each its own")
     return files

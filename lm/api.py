@@ -164,7 +164,7 @@ def load(
         raise InputError(f"dtype is {dtype!r}: use 'float32', 'bfloat16' or 'tensorfloat32'")
     compilation.keep()
     if huggingface.is_folder(path):
-        if step not in ("latest", "best"):
+        if step != "latest":
             raise InputError(f"{path} is a Hugging Face model folder: it has no step {step}, leave the step out")
         run = huggingface.load(path, dtype="bfloat16" if dtype == "bfloat16" else "float32", mesh=mesh, rules=rules)
     else:

@@ -212,6 +212,10 @@ class ModelConfig:
         return self.max_positions
 
 
+MOST_TOKENS = 2**24
+"""In a vocabulary, fewer than these: sixty times the largest in use, and room for them is reserved."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
     """How text becomes token ids."""

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import shutil
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
 from lm.config import InputError
 
 
-def writable_file(flag: str, path: str) -> Path:
-    """The path of a file to write. Raises InputError where it can't be."""
+def writable_file(flag: str, path: str, *, read: Iterable[Path] = ()) -> Path:
+    """The path of a file to write. Raises InputError where it can't be, and where it is one of those that are `read`,
+    or in a folder of these."""
     wrong = InputError(f"{flag} {path!r}: name a file, in a folder that is there and can be written to")
     try:
         target = Path(path)
-        folder = _place(target).parent
+        place = _place(target)
         taken = target.exists() and (not os.access(target, os.W_OK) or target.is_dir())
-        taken |= not folder.is_dir() or not os.access(folder, os.W_OK)
-    except (OSError, ValueError) as error:  # a name that can be none
+        if not path or taken or not place.parent.is_dir():
+            raise wrong
+        if not target.exists() or target.is_file():
+            _scratch(place).touch()
+            _scratch(place).unlink()
+    except (OSError, ValueError) as error:  # a name that can be none, or a folder that takes no file
         raise wrong from error
-    if not path or taken:
-        raise wrong
+    if target.is_file() and any(place.is_relative_to(each.resolve()) for each in read):
+        raise InputError(f"{flag} {path!r} is read by this command, and would be overwritten: name another file")
     return target
 
 
@@ -36,7 +41,7 @@ def whole_file(target: Path) -> Iterator[TextIO]:
             yield file
         return
     place = _place(target)
-    scratch = place.with_name(f".{os.getpid()}-{secrets.token_hex(4)}")
+    scratch = _scratch(place)
     try:
         with scratch.open("w", encoding="utf-8") as file:
             yield file
@@ -50,8 +55,15 @@ def _place(target: Path) -> Path:
     return target.absolute() if target.exists() and not target.is_file() else target.resolve()
 
 
+def _scratch(place: Path) -> Path:
+    """A file beside it, of a short name, this process's own."""
+    return place.with_name(f".{os.getpid()}-{zlib.crc32(os.fsencode(place.name)):08x}")
+
+
 def new_folder(what: str, path: str) -> Path:
     """The path of a folder to write, new or empty. Raises InputError where it can't be."""
+    if not path:
+        raise InputError(f"{what} is empty: name a new folder")
     target = Path(path)
     there = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):

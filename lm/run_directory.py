@@ -25,6 +25,19 @@ SOURCE = "source_"
 """What the name of the file of an encoder's own tokenizer begins with; the rest is one of TOKENIZERS."""
 
 
+def read_of_a_model(path: str) -> list[Path]:
+    """What a command that opens a model reads of its folder: files, and folders for all that is in them."""
+    folder = Path(path)
+    if (folder / CHECKPOINTS).is_dir():
+        return [folder / CHECKPOINTS, folder / CONFIG]
+    if (folder / MANIFEST).is_file():
+        return [folder]
+    return [file for pattern in _OF_HUGGING_FACE for file in folder.glob(pattern)]
+
+
+_OF_HUGGING_FACE = ("*config.json", "*.safetensors*", "*token*.json", "*.model", "vocab*", "merges.txt")
+
+
 class Criterion(NamedTuple):
     """What the best checkpoint is chosen by."""
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from lm.config import (
     BUDGETS,
+    MOST_TOKENS,
     DataConfig,
     InputError,
     ModelConfig,
@@ -167,11 +168,7 @@ def _check_family(config: RunConfig) -> None:
             f"source_tokenizer.kind is {own.kind!r} and source_tokenizer.path is {own.path!r}: "
             "kind 'file' needs a path, and only it has one"
         )
-    if own.kind == "bpe" and own.vocab_size < 258:
-        raise InputError(
-            f"source_tokenizer.vocab_size is {own.vocab_size}: "
-            "a byte-level BPE needs at least 258 (256 bytes, BOS and EOS)"
-        )
+    _check_vocabulary("source_tokenizer", own.kind, own.vocab_size)
 
 
 _OF_PAIRS: dict[str, Any] = {
@@ -355,8 +352,12 @@ def _check_tokenizer(config: RunConfig) -> None:
     for name in ("special_tokens", "byte_fallback"):
         if getattr(tokenizer, name) and tokenizer.kind != "bpe":
             raise InputError(f"tokenizer.{name} is of a BPE that is trained here: tokenizer.kind is {tokenizer.kind!r}")
-    if tokenizer.kind == "bpe" and tokenizer.vocab_size < 258:
+    _check_vocabulary("tokenizer", tokenizer.kind, tokenizer.vocab_size)
+
+
+def _check_vocabulary(section: str, kind: str, size: int) -> None:
+    if kind == "bpe" and not 258 <= size < MOST_TOKENS:
         raise InputError(
-            f"tokenizer.vocab_size is {tokenizer.vocab_size}: "
-            "a byte-level BPE needs at least 258 (256 bytes, BOS and EOS)"
+            f"{section}.vocab_size is {size}: a byte-level BPE needs at least 258 (256 bytes, BOS and EOS), and has "
+            f"fewer than {MOST_TOKENS:,}"
         )

@@ -49,6 +49,30 @@ def test_refused_before_a_model_is_opened(command, monkeypatch, tmp_path):
         command(["x", "--json", str(tmp_path / "f"), "--tokens", str(tmp_path / "f")])
 
 
+def test_what_is_read_is_not_overwritten(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(api, "load", lambda *_, **__: pytest.fail("opened a model"))
+    run = tmp_path / "run"
+    (run / "checkpoints" / "7").mkdir(parents=True)
+    own = [run / "config.json", run / "checkpoints" / "7" / "config.json", tmp_path / "a,b.txt", tmp_path / "a.tsv"]
+    for file in own:
+        file.write_text("mine")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "model.safetensors").write_text("mine")
+    (tmp_path / "link").symlink_to(own[2])
+    texts, pairs = f"text:{tmp_path}/*.txt", f"mix:0.5*pairs:{tmp_path}/a.tsv+0.5*text:{tmp_path}/none"
+    for flag, target, data, model in (
+        ("--json", own[0], texts, run), ("--json", own[1], texts, run), ("--tokens", own[2], texts, run),
+        ("--json", tmp_path / "link", texts, run), ("--by-document", own[3], pairs, run),
+        ("--json", folder / "model.safetensors", texts, folder), ("--json", own[2], f"text:{own[2]}", folder),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=f"{flag} .* is read by this command.*name another file"):
+            command([str(model), flag, str(target), "--data", data])
+    with pytest.raises(InputError, match="--compare names no model"):
+        command([str(run), "--compare"])
+    assert all(file.read_text() == "mine" for file in own)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -188,6 +188,8 @@ def test_the_best_few_of_a_search_have_their_scores(encoder_decoder, capsys):
         ("--samples 2 --temperature 0", "would all be the same text"),
         ("--output .", "--output"),
         (f"--output {'n' * 300}", "name a file"),
+        ("--output /proc/texts.txt", "name a file, in a folder that is there"),
+        ("--input b.txt --output b.txt", "is read by this command, and would be overwritten"),
     ],
 )
 def test_what_contradicts_itself_is_refused(flags, said, run, tmp_path, monkeypatch):

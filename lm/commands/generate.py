@@ -12,6 +12,7 @@ import tyro
 
 from lm import allocator, cli, output
 from lm.config import InputError
+from lm.run_directory import read_of_a_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,10 @@ def generate(argv: Sequence[str]) -> None:
     arguments = cli.parse(Generate, _with_values(argv), prog="python -m lm generate")
     _check_generate(arguments)
     prompts = [arguments.prompt or ""] if arguments.input is None else _lines(arguments.input)
-    target = None if arguments.output is None else output.writable_file("--output", arguments.output)
+    target = None
+    if arguments.output is not None:
+        read = [*read_of_a_model(arguments.model), *([] if arguments.input is None else [Path(arguments.input)])]
+        target = output.writable_file("--output", arguments.output, read=read)
     allocator.keep_freed_memory()
     with cli.loading():
         from lm import api

@@ -41,9 +41,11 @@ def train_tokenizer(argv: Sequence[str]) -> None:
     arguments = cli.parse(TrainTokenizer, argv, prog="python -m lm tokenizer train")
     if not arguments.sources:
         raise InputError("no source of text to train on: name one or more, as in data.train")
-    target = output.writable_file("--output", arguments.output)
     from lm.data import tokenizer
     from lm.data.corpus import open_corpus
+    from lm.data.sources.named import named_files
+
+    target = output.writable_file("--output", arguments.output, read=named_files(arguments.sources))
 
     separators = {name: getattr(arguments, name) for name in ("document_separator", "pair_separator")}
     corpora = [open_corpus(source, **separators) for source in arguments.sources]

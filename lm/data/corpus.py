@@ -199,7 +199,10 @@ def _open_named(validation: str | Sequence[str], reading: Reading) -> dict[str, 
         raise InputError(f"data.validation: {dict(named)['']} has no name: of several, write each as NAME=SOURCE")
     if twice := {name for name in names if names.count(name) > 1}:
         raise InputError(f"data.validation names {min(twice)!r} twice: give each its own name")
-    return {name: _open(written, reading) for name, written in named}
+    try:
+        return {name: _open(written, reading) for name, written in named}
+    except InputError as error:  # a preset's, perhaps: its user has not typed it
+        raise InputError(f"data.validation: {error}") from error
 
 
 def _joined(written: str, weights: Sequence[float], parts: Sequence[Corpus | TokenFiles]) -> Corpus | TokenFiles:

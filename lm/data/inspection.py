@@ -37,8 +37,12 @@ def inspect(
         yield f"{name + ':':26}{value}"
     if not rows_shown:
         return
-    laid = make_rows(store, context=data.context, packing=data.packing, prompt_loss=data.prompt_loss)
-    pipeline = Pipeline([(1.0, laid)], batch_size=rows_shown, seed=seed)
+    try:
+        laid = make_rows(store, context=data.context, packing=data.packing, prompt_loss=data.prompt_loss)
+    except InputError as error:
+        yield f"{'rows:':26}none: {error}"
+        return
+    pipeline = Pipeline([(1.0, laid)], batch_size=min(rows_shown, len(laid)), seed=seed)
     yield f"{'rows:':26}{pipeline.rows_per_epoch:,} an epoch, {100 * pipeline.fill(1):.2f} % of their positions filled"
     yield from rows(pipeline.batch_at(0), used)
 

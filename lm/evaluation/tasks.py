@@ -113,6 +113,7 @@ class TaskEvaluator:
         self.task, self.decoding = task, decoding
         self.pairs = pairs_of(text, pair_separator, documents)
         how = {name: value for name, value in decoding._asdict().items() if name != "batch_size"}
+        how["length_penalty"] = decoding.power
         self.protocol = {"task": task, **how, "data": text.source, "data_key": text.key, "documents": documents}
 
     def check(self, run: Loaded) -> None:

@@ -37,6 +37,11 @@ class Decoding(NamedTuple):
     length_penalty: float | None = None
     batch_size: int = 32
 
+    @property
+    def power(self) -> float | None:
+        """The length penalty that is used; None without a search."""
+        return self.length_penalty if self.num_beams == 1 or self.length_penalty is not None else 1.0
+
     def validate(self) -> Decoding:
         """Raises InputError on a value out of range; returns the object itself."""
         for name in ("max_tokens", "num_beams", "batch_size"):
@@ -123,7 +128,7 @@ def check_room(run: Loaded, prompts: Sequence[np.ndarray], decoding: Decoding) -
     most = sorted(prompts, key=len)[-decoding.batch_size :]
     _check_positions(run, prompts, decoding)
     if decoding.num_beams > 1:
-        search = Search(decoding.num_beams, 1.0 if decoding.length_penalty is None else decoding.length_penalty)
+        search = Search(decoding.num_beams, decoding.power or 0.0)
         search.check_candidates(run.config.model, int(_tokenizer(run).eos is not None))
         search.check_lengths(decoding.max_tokens)
     sizes = Sizes.of(run.config.model, most, decoding.max_tokens)
@@ -146,8 +151,7 @@ def _write(run: Loaded, params: Any, prompts: list[np.ndarray], decoding: Decodi
     """The new ids of one batch."""
     beams: dict[str, Any] = {}
     if decoding.num_beams > 1:
-        penalty = 1.0 if decoding.length_penalty is None else decoding.length_penalty
-        beams = {"num_beams": decoding.num_beams, "length_penalty": penalty}
+        beams = {"num_beams": decoding.num_beams, "length_penalty": decoding.power}
     return generate_ids(
         params,
         run.config.model,

@@ -37,6 +37,8 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
             watch.start()
         return
     coordinator, processes, process = _environment(coordinator, processes, process)
+    if processes is not None and processes < 1:
+        raise InputError(f"--processes is {processes}: use 1 or more")
     method: str | None = "deactivate"
     if coordinator is None or processes is None or process is None:
         found = None if processes == 1 else coordination.cluster()
@@ -64,8 +66,6 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
 
 def _check_place(coordinator: str | None, processes: int, process: int | None) -> None:
     """Raises InputError where the three can't be right."""
-    if processes < 1:
-        raise InputError(f"--processes is {processes}: use 1 or more")
     if process is not None and not 0 <= process < processes:
         raise InputError(f"--process is {process} of --processes {processes}: use 0 to {processes - 1}")
     if coordinator is not None:

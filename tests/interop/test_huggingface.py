@@ -53,8 +53,9 @@ def test_opens_without_a_tokenizer(folder):
     assert run(np.zeros((1, 3), np.int32)).shape == (1, 3, 259)
     with pytest.raises(InputError, match="has no tokenizer"):
         lm.generate(run, ["x"])
-    with pytest.raises(InputError, match="no step 7"):
-        lm.load(folder.path, step=7)
+    for step in (7, "best"):
+        with pytest.raises(InputError, match=f"no step {step}"):
+            lm.load(folder.path, step=step)
     assert lm.load(folder.config(max_position_embeddings=4096).path).config.data.context == 1024
 
 

@@ -89,6 +89,8 @@ def test_flags_come_before_the_environment_and_that_before_the_cluster(environme
         ((None, None, 1), "--coordinator and --processes are not given"),
         (("node:1", 2, 2), "--process is 2 of --processes 2: use 0 to 1"),
         (("node:1", 0, 0), "--processes is 0"),
+        ((None, 0, None), "--processes is 0"),
+        ((None, -1, None), "--processes is -1"),
         (("node", 2, 0), "--coordinator is 'node': give HOST:PORT"),
         (("node:0", 2, 0), "--coordinator is 'node:0': give HOST:PORT"),
     ],

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from lm.config import InputError
+from lm.config import MOST_TOKENS, InputError
 from lm.data.sources.token_files import TokenFiles
 from lm.data.tokenizers.file_tokenizer import FileTokenizer
 from lm.data.tokenizers.special_ids import BOS, EOS
@@ -74,6 +74,8 @@ def train_bpe(
     special = [*special_tokens, BOS, EOS]
     if "" in special or len(set(special)) < len(special):
         raise InputError(f"special tokens {special_tokens} must be different, not empty, and not {BOS} or {EOS}")
+    if vocab_size >= MOST_TOKENS:
+        raise InputError(f"a vocabulary of {vocab_size} is too large: use fewer than {MOST_TOKENS:,}")
     room = vocab_size - len(special)
     if room < 256:
         raise InputError(

@@ -71,6 +71,7 @@ def test_special_tokens_come_last_before_bos_and_eos(byte_fallback, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"vocab_size": 10**20}, "is too large: use fewer than 16,777,216"),
         ({"vocab_size": 257}, "257 is too small: the bytes and 2 special tokens need at least 258"),
         ({"vocab_size": 258, "special_tokens": ("<a>",)}, "need at least 259"),
         ({"vocab_size": 300, "special_tokens": ("<a>", "<a>")}, "must be different"),
