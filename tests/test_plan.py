@@ -22,6 +22,12 @@ from lm.training.state import create_state
 from .training.ten_steps import run_config
 
 
+@pytest.fixture(autouse=True, scope="module")
+def started():
+    """JAX with its eight devices: a plan for others, made first, would start it with as many as it needs."""
+    return jax.devices()
+
+
 def with_parts(cfg: RunConfig, **sections: dict) -> RunConfig:
     changed = {name: dataclasses.replace(getattr(cfg, name), **fields) for name, fields in sections.items()}
     return dataclasses.replace(cfg, **changed)
