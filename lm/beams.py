@@ -173,7 +173,7 @@ def _search(
     lengthening: how good a beam can become is judged at max_tokens, else at its length.
     """
     B, W = begun.token_B.shape[0], beams
-    ready = with_head(ready, cfg)
+    ready = with_head(ready, cfg, greedy=False)
     memory: Memory | None = begun.memory
     extra_B1 = jnp.arange(B)[:, None] >= rows
     missing_BW = jnp.full((B, W), NEVER, jnp.float32)

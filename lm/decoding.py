@@ -208,7 +208,7 @@ def advance(
     Args:
       ready: of `ready_params`. form, numbers: of a Sampling.
     """
-    ready = with_head(ready, cfg)
+    ready = with_head(ready, cfg, greedy=form.greedy and form.repetition_penalty is None)
 
     def unfinished(state: State) -> Array:
         return (state.written < until) & ~jnp.all(state.ended_B)
@@ -238,8 +238,12 @@ def is_stop(tokens: Array, stops_E: Array) -> Array:
     return jnp.any(tokens[..., None] == stops_E.reshape((1,) * tokens.ndim + (-1,)), axis=-1)
 
 
-def with_head(ready: Any, cfg: ModelConfig) -> Any:
-    """A tied head, as `ready_params` lays out matrices: the table lies so already."""
+def with_head(ready: Any, cfg: ModelConfig, *, greedy: bool) -> Any:
+    """A tied head, as `ready_params` lays out matrices: the table lies so already.
+
+    One that can't be shared out gives logits a column a row. The best of each is found in them as they are; for all
+    else they would be copied, which takes longer than the product gains.
+    """
     first = ready["layers"][0]["attention"]["qkv"]
     if "kernel" in ready.get("head", {}) or not isinstance(first, Turned):
         return ready
@@ -247,6 +251,8 @@ def with_head(ready: Any, cfg: ModelConfig) -> Any:
     if table_VD.dtype != first.w_CnK.dtype:
         return ready
     shares = math.gcd(first.w_CnK.shape[0], len(table_VD))
+    if shares == 1 and not greedy:
+        return ready
     turned = Turned(table_VD.reshape(shares, -1, cfg.d_model), (cfg.d_model, len(table_VD)))
     return {**ready, "head": {**ready.get("head", {}), "kernel": turned}}
 

@@ -65,7 +65,7 @@ def generation(run: lm.Loaded, ids_BP: np.ndarray, spec: dict[str, Any]) -> Side
 
 def weight_bytes(run: lm.Loaded) -> int:
     """Of the weights that are read whole for each token: all but tables of which a token takes its own row."""
-    ready = with_head(ready_params(run.params, run.config.model), run.config.model)
+    ready = with_head(ready_params(run.params, run.config.model), run.config.model, greedy=True)
     tables = {"tokens", "positions"} if "kernel" in ready.get("head", {}) else {"positions"}
     read = {**ready, "embed": {name: table for name, table in ready["embed"].items() if name not in tables}}
     return sum(leaf.nbytes for leaf in jax.tree.leaves(read))
