@@ -16,18 +16,18 @@ from lm.config import InputError
 def writable_file(flag: str, path: str, *, read: Iterable[Path] = ()) -> Path:
     """The path of a file to write. Raises InputError where it can't be, and where it is one of those that are `read`,
     or in a folder of these."""
-    wrong = InputError(f"{flag} {path!r}: name a file, in a folder that is there and can be written to")
     try:
         target = Path(path)
         place = _place(target)
         taken = target.exists() and (not os.access(target, os.W_OK) or target.is_dir())
-        if not path or taken or not place.parent.is_dir():
-            raise wrong
-        if not target.exists() or target.is_file():
+        fits = bool(path) and not taken and place.parent.is_dir()
+        if fits and (not target.exists() or target.is_file()):
             _scratch(place).touch()
             _scratch(place).unlink()
-    except (OSError, ValueError) as error:  # a name that can be none, or a folder that takes no file
-        raise wrong from error
+    except (OSError, ValueError):  # a name that can be none, or a folder that takes no file
+        fits = False
+    if not fits:
+        raise InputError(f"{flag} {path!r}: name a file, in a folder that is there and can be written to")
     if target.is_file() and any(place.is_relative_to(each.resolve()) for each in read):
         raise InputError(f"{flag} {path!r} is read by this command, and would be overwritten: name another file")
     return target

@@ -25,6 +25,9 @@ SOURCE = "source_"
 """What the name of the file of an encoder's own tokenizer begins with; the rest is one of TOKENIZERS."""
 
 
+_OF_HUGGING_FACE = ("*config.json", "*.safetensors*", "*token*.json", "*.model", "vocab*", "merges.txt")
+
+
 def read_of_a_model(path: str) -> list[Path]:
     """What a command that opens a model reads of its folder: files, and folders for all that is in them."""
     folder = Path(path)
@@ -33,9 +36,6 @@ def read_of_a_model(path: str) -> list[Path]:
     if (folder / MANIFEST).is_file():
         return [folder]
     return [file for pattern in _OF_HUGGING_FACE for file in folder.glob(pattern)]
-
-
-_OF_HUGGING_FACE = ("*config.json", "*.safetensors*", "*token*.json", "*.model", "vocab*", "merges.txt")
 
 
 class Criterion(NamedTuple):
