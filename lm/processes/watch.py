@@ -47,12 +47,17 @@ def closed(address: str, seconds: float = 2.0) -> bool:
 
 def _failure(address: str, seconds: float) -> OSError | None:
     """What hinders a connection to HOST:PORT; None where nothing does."""
-    host, _, port = address.rpartition(":")
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), seconds):
+        with _connected(address, seconds):
             return None
     except OSError as error:
         return error
+
+
+def _connected(address: str, seconds: float) -> socket.socket:
+    """A connection to HOST:PORT; OSError where there is none within `seconds`."""
+    host, _, port = address.rpartition(":")
+    return socket.create_connection((host.strip("[]"), int(port)), seconds)
 
 
 def end_now(message: str | None, status: int) -> None:
@@ -68,7 +73,7 @@ def end_now(message: str | None, status: int) -> None:
 
 
 class _Watch:
-    """The two threads of a process: one writes that it lives, the other reads whether all end."""
+    """The threads of a process: one writes that it lives, one reads whether all end, one holds on to the first."""
 
     def __init__(self) -> None:
         self.number, self.own, self.first = coordination.number(), coordination.own(), coordination.own() == 0
@@ -77,7 +82,8 @@ class _Watch:
         self.ending = threading.Lock()  # taken once, by the thread that ends the process
         self.heard = time.monotonic()  # when the service last answered
         self.seen = dict.fromkeys(range(1, self.number), ("", self.heard))
-        self.threads = [threading.Thread(target=self._alive(each), daemon=True) for each in (self._beat, self._read)]
+        works = (self._beat, self._read) if self.first else (self._beat, self._read, self._hold)
+        self.threads = [threading.Thread(target=self._alive(work), daemon=True) for work in works]
         for thread in self.threads:
             thread.start()
 
@@ -104,11 +110,9 @@ class _Watch:
             self._tell(LOST_STATUS, _gone(lost))
 
     def _read(self, _: int) -> None:
-        found, broken = None, False
-        try:
+        found = None
+        with contextlib.suppress(RuntimeError):
             found = coordination.take("lm/end", BEAT_SECONDS)
-        except RuntimeError:
-            broken = True
         if self.stopped.is_set():
             return
         if found is not None:
@@ -116,11 +120,28 @@ class _Watch:
         if self.first:
             return
         silent = time.monotonic() - self.heard
-        # JAX finds the broken connection out as well, and aborts: _delay_aborting gives this thread 6 seconds
-        gone = broken and closed(coordination.address())
-        if gone or silent > LOST_SECONDS or (silent > 3 * BEAT_SECONDS and not reachable(coordination.address())):
-            with self.ending:
-                end_now(self._line(f"{_gone([0])}, which the others depend on"), LOST_STATUS)
+        if silent > LOST_SECONDS or (silent > 3 * BEAT_SECONDS and not reachable(coordination.address())):
+            self._end_without_first()
+
+    def _hold(self, _: int) -> None:
+        """Keeps a connection to the service that nothing is said over: where the first process ends, so does it.
+
+        JAX finds that out as well, and aborts. The thread of JAX that does so is the one that would bring the answers
+        of the service, so that no thread which asks it anything may get one; `_delay_aborting` gives this one 6 s.
+        """
+        address = coordination.address()
+        with contextlib.suppress(OSError), _connected(address, 2.0) as connection:
+            connection.settimeout(BEAT_SECONDS)
+            while not self.stopped.is_set():
+                with contextlib.suppress(TimeoutError):
+                    if not connection.recv(4096):  # what comes is the service's greeting
+                        break
+        if not self.stopped.is_set() and closed(address):
+            self._end_without_first()
+
+    def _end_without_first(self) -> None:
+        self.ending.acquire(timeout=2.0)  # whoever has it may wait for an answer of the service, which won't come
+        end_now(self._line(f"{_gone([0])}, which the others depend on"), LOST_STATUS)
 
     def _lost(self) -> list[int]:
         now = time.monotonic()
