@@ -6,7 +6,10 @@ Shapes: R rows, W positions in a row, S a slice of a row's scored targets, D mod
 from __future__ import annotations
 
 import functools
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -26,6 +29,10 @@ LOGITS = 2**22
 """Logits that a device holds at once, in float32: 16 MB stay in or near its caches."""
 TARGETS = 256
 """Targets a device computes at once at the least, so that their product with the head is a big one."""
+AT_ONCE = 2
+"""Batches that a CPU computes at once, each from a thread of its own: XLA runs what one thread asks for one by one, and
+the threads of its operations, which are small, mostly wait for each other. 1.3 times as many tokens of a model of
+260,000 parameters, 1.1 of GPT-2's smallest, on two cores."""
 CPU_TOKENS = 512
 """Tokens that a CPU takes at once: a batch whose activations leave its caches takes two to four times as long."""
 
@@ -41,25 +48,42 @@ def score(
 ) -> Iterator[tuple[list[Piece], tuple[np.ndarray, ...]]]:
     """Of each batch its pieces, and nats_RW, float32; with `greedy` also best_RW: whether a target is the likeliest id.
 
-    Row and begin of a piece say where its numbers stand. A batch is fetched only once the next is under way.
+    Row and begin of a piece say where its numbers stand. A batch is fetched only once the next is under way; a CPU of
+    one device computes AT_ONCE of them side by side.
 
     Args:
       rules: as `parallel.rules`.
     """
-    waiting: tuple[list[Piece], Any] | None = None
-    for each in packed:
+    alone = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+    dispatching = threading.Lock()  # else threads that meet a new shape at once compile it each
+
+    def begin(each: Packed) -> Callable[[], tuple[np.ndarray, ...]]:
+        """Starts a batch, and gives what waits for its numbers."""
         R, W = each.columns_RW.shape
         size = slice_size(R // batch_shards(mesh), W, cfg.padded_vocabulary)
         mine = own_rows(mesh, R)
-        batch, columns_RW = put_rows(mesh, jax.tree.map(lambda x, mine=mine: x[mine], (each.batch, each.columns_RW)))
+        batch, columns_RW = put_rows(mesh, jax.tree.map(lambda x: x[mine], (each.batch, each.columns_RW)))
         slices = np.int32(-(-each.scored // size))
-        result = _compiled(cfg, mesh, rules, size, greedy)(params, batch, columns_RW, slices)
+        with dispatching:
+            result = _compiled(cfg, mesh, rules, size, greedy)(params, batch, columns_RW, slices)
         assert result[0].shape[0] == R, "a process gave other rows than its own"
-        if waiting is not None:
-            yield waiting[0], tuple(map(np.asarray, waiting[1]))
-        waiting = each.pieces, result
-    if waiting is not None:
-        yield waiting[0], tuple(map(np.asarray, waiting[1]))
+        return lambda: tuple(map(np.asarray, result))
+
+    def whole(each: Packed) -> tuple[np.ndarray, ...]:
+        return begin(each)()
+
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        waiting: deque[tuple[list[Piece], Callable[[], tuple[np.ndarray, ...]]]] = deque()
+        for each in packed:
+            if alone:
+                waiting.append((each.pieces, threads.submit(whole, each).result))
+            else:  # the device has the next in its queue, and all processes theirs in the same order
+                waiting.append((each.pieces, begin(each)))
+            if len(waiting) > (AT_ONCE if alone else 1):
+                pieces, numbers = waiting.popleft()
+                yield pieces, numbers()
+        for pieces, numbers in waiting:
+            yield pieces, numbers()
 
 
 def rows_at_once(batch_size: int, length: int, mesh: Mesh) -> int:
