@@ -79,6 +79,7 @@ def test_what_is_read_is_not_overwritten(command, monkeypatch, tmp_path):
         ([], "was not trained here, so it has no validation text: name a text with --data"),
         (["--window", "33"], "33 is more than the model's 32 learned positions"),
         (["--window", "8", "--stride", "9"], "stride 9 and window 8"),
+        (["--window", "0"], "window 0: use 1 token or more"),
         (["--window", "8", "--batch-size", "0"], "batch_size is 0"),
     ],
 )

@@ -147,6 +147,7 @@ def test_the_command_prints_and_writes(tmp_path, capsys):
         (["tiny", "--model.num-heads", "3"], "model.num_heads 3 does not divide"),
         (["tiny", "--devices", "8", "--parallel.fsdp", "3"], "does not fit 8 device"),
         (["tiny", "--devices", "3"], "use 6 or 9"),
+        (["tiny", "--devices", "-3"], "--devices is -3: use 1 or more"),
         (["tiny", "--parallel.tensor", "8"], "model.num_heads"),
         (["tiny", "--tokenizer.kind", "file", "--tokenizer.path", "/nowhere"], "/nowhere"),
         (["tiny", "--json", "/nowhere/plan.json"], "--json"),

@@ -44,6 +44,8 @@ def plan(argv: Sequence[str]) -> None:
     island = arguments.devices_per_host
     if island is not None and (device is None or island < 1):
         raise InputError(f"--devices-per-host is {island}: use 1 or more, with --device")
+    if arguments.devices is not None and arguments.devices < 1:
+        raise InputError(f"--devices is {arguments.devices}: use 1 or more")
     config = arguments.config
     if arguments.mesh is not None:
         if arguments.devices is not None:

@@ -209,6 +209,8 @@ class _InOrder:
 
 def check_window(cfg: ModelConfig, window: int, stride: int) -> None:
     """Raises InputError for a window and a stride that don't score every token once, or that the model can't take."""
+    if window < 1:
+        raise InputError(f"window {window}: use 1 token or more")
     if not 1 <= stride <= window:
         raise InputError(f"stride {stride} and window {window}: a stride from 1 to the window scores every token once")
     if cfg.positions == "learned" and window > cfg.position_rows:
