@@ -143,10 +143,10 @@ def _write(result: dict[str, Any], files: dict[str, Path]) -> None:
 def _files(arguments: Arguments) -> dict[str, Path]:
     """The files to write, checked: none is a text or a model that is read."""
     from lm.data.sources.named import named_files
-    from lm.run_directory import read_of_a_model
+    from lm.run_directory import read_of_a_model, validation_sources
 
     models = [part for model in (arguments.model, *arguments.compare) for part in read_of_a_model(model)]
-    read = [*models, *named_files([arguments.data or ""])]
+    read = [*models, *named_files([arguments.data or "", *validation_sources(arguments.model)])]
     given = {name: getattr(arguments, name) for name in ("json", "by_document", "tokens", "predictions")}
     flags = {name: f"--{name.replace('_', '-')}" for name in given}
     files = {

@@ -146,6 +146,15 @@ def read_config(folder: str | Path) -> RunConfig:
         raise InputError(f"{path} can't be read: {error}") from error
 
 
+def validation_sources(folder: str | Path) -> tuple[str, ...]:
+    """The sources of a run's validation texts, as they were given; none where the folder holds no config of ours."""
+    try:
+        given = read_config(folder).data.validation
+    except InputError:
+        return ()
+    return (given,) if isinstance(given, str) else tuple(given or ())
+
+
 def step_path(run: str | Path, step: int) -> Path:
     """Where a run's checkpoint of a step lies."""
     return Path(run) / CHECKPOINTS / str(step)

@@ -14,7 +14,7 @@ import pytest
 
 from lm import api, scored_text
 from lm.checkpoint import Loaded
-from lm.config import InputError, ModelConfig, RunConfig
+from lm.config import DataConfig, InputError, ModelConfig, RunConfig
 from lm.data.tokenizer import ByteTokenizer
 from lm.nn import language_model, params
 
@@ -68,6 +68,11 @@ def test_what_is_read_is_not_overwritten(command, monkeypatch, tmp_path):
     ):  # fmt: skip
         with pytest.raises(InputError, match=f"{flag} .* is read by this command.*name another file"):
             command([str(model), flag, str(target), "--data", data])
+    config = RunConfig(data=DataConfig(train="text:none", validation=(f"text:{tmp_path}/a,b.txt", "other=text:none")))
+    own[0].write_text(config.to_json())
+    with pytest.raises(InputError, match="--json .* is read by this command"):
+        command([str(run), "--json", str(own[2])])
+    own[0].write_text("mine")
     with pytest.raises(InputError, match="--compare names no model"):
         command([str(run), "--compare"])
     assert all(file.read_text() == "mine" for file in own)
