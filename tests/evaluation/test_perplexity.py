@@ -210,9 +210,11 @@ def test_max_tokens_takes_the_same_documents_always(cfg, tree, store, one_device
     assert len(evaluator(cfg, store, one_device, max_tokens=1).documents) == 1, "at least one"
 
 
-@pytest.mark.parametrize(("window", "stride"), [(16, 17), (16, 0), (0, 0)])
-def test_impossible_windows_are_refused(cfg, store, one_device, window, stride):
-    with pytest.raises(InputError, match="stride"):
+@pytest.mark.parametrize(
+    ("window", "stride", "named"), [(16, 17, "stride 17"), (16, 0, "stride 0"), (0, 0, "window 0")]
+)
+def test_impossible_windows_are_refused(cfg, store, one_device, window, stride, named):
+    with pytest.raises(InputError, match=named):
         evaluator(cfg, store, one_device, window=window, stride=stride)
 
 
