@@ -280,6 +280,11 @@ class DataConfig:
     """Processes that tokenise. None: as many as there are cores. Changes no token."""
 
     @property
+    def validation_sources(self) -> tuple[str, ...]:
+        """The sources of `validation`, as they were given; none where it is None."""
+        return (self.validation,) if isinstance(self.validation, str) else self.validation or ()
+
+    @property
     def source_length(self) -> int:
         """Row length of sources."""
         return self.context if self.source_context is None else self.source_context

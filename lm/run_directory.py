@@ -149,10 +149,9 @@ def read_config(folder: str | Path) -> RunConfig:
 def validation_sources(folder: str | Path) -> tuple[str, ...]:
     """The sources of a run's validation texts, as they were given; none where the folder holds no config of ours."""
     try:
-        given = read_config(folder).data.validation
+        return read_config(folder).data.validation_sources
     except InputError:
         return ()
-    return (given,) if isinstance(given, str) else tuple(given or ())
 
 
 def step_path(run: str | Path, step: int) -> Path:

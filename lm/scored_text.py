@@ -29,8 +29,7 @@ def open_text(run: Loaded, data: str | None, progress: Progress | None = None) -
     Raises InputError where the run's text is another by now, and where there is none.
     """
     config = run.config
-    given = config.data.validation
-    written = [given] if isinstance(given, str) else given or ()
+    written = config.data.validation_sources
     if data is not None and data not in {parse_named(source)[0] for source in written} - {""}:
         separators = (config.data.document_separator, separator_of(config))
         text = open_corpus(data, document_separator=separators[0], pair_separator=separators[1])
