@@ -343,7 +343,7 @@ def generate(
     """
     prompts = [prompts] if isinstance(prompts, str) else prompts
     drawing: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    drawing |= {"repetition_penalty": repetition_penalty, "stop": stop or None, "seeds": seeds}
+    drawing["seeds"] = seeds
     if num_beams != 1:
         _refuse_draws(num_beams, drawing)
         several = n_best(
@@ -352,7 +352,9 @@ def generate(
             num_beams=num_beams,
             length_penalty=length_penalty,
             early_stopping=early_stopping,
+            repetition_penalty=repetition_penalty,
             max_tokens=max_tokens,
+            stop=stop,
             stop_ids=stop_ids,
             batch_size=batch_size,
         )
@@ -383,7 +385,9 @@ def n_best(
     num_return: int = 1,
     length_penalty: float | None = None,
     early_stopping: bool | Literal["never"] = False,
+    repetition_penalty: float | None = None,
     max_tokens: int | None = None,
+    stop: str | Sequence[str] = (),
     stop_ids: Sequence[int] = (),
     batch_size: int | None = None,
 ) -> list[list[Candidate]]:
@@ -393,13 +397,15 @@ def n_best(
     `generate`.
     """
     model = _text_model(run)
+    power = 1.0 if length_penalty is None else length_penalty
     return generation.n_best(
         *model[:3],
         [prompts] if isinstance(prompts, str) else prompts,
-        Search(num_beams, 1.0 if length_penalty is None else length_penalty, early_stopping, num_return),
+        Search(num_beams, power, early_stopping, num_return, repetition_penalty),
         source_tokenizer=model.source_tokenizer,
         context=model.context,
         max_tokens=max_tokens,
+        stop=[stop] if isinstance(stop, str) else stop,
         stop_ids=stop_ids,
         batch_size=batch_size,
     )

@@ -110,6 +110,14 @@ def begin(params: Any, cfg: ModelConfig, prompts: Sequence[np.ndarray], sizes: S
     return Begun(cache, None, last_B, before_B, rows, sizes.prompt)
 
 
+def seen(cfg: ModelConfig, prompts: Sequence[np.ndarray], rows: int) -> np.ndarray:
+    """seen_BV, bool: which tokens each prompt has, of a target the one that it follows; none in rows of padding."""
+    seen_BV = np.zeros((rows, cfg.padded_vocabulary), bool)
+    for row, prompt in enumerate(prompts):
+        seen_BV[row, np.array([cfg.start_id]) if cfg.has_encoder else prompt] = True
+    return seen_BV
+
+
 def empty_cache(cfg: ModelConfig, rows: int, slots: int) -> KeyValueCache:
     """Layers with a sliding window get a ring: but with relative positions, which are counted by slots."""
     windows = [None if cfg.positions == "relative" else kind.window for kind in cfg.layer_pattern]

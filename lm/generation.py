@@ -5,7 +5,7 @@ sources. Drawn or greedy, or by a beam search; `lm.token_generation` does it on 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,10 +97,6 @@ def generate(
         raise InputError(f"there are {len(seeds)} seeds for {len(rows)} prompts: give one for each")
     for tokens, some in _batches(model, rows, max_tokens, batch_size):
         prompts_now = [rows[i] for i in some]
-
-        def over(row: int, new: np.ndarray, prompts_now: list[np.ndarray] = prompts_now) -> bool:
-            return any(each in model.text(prompts_now[row], new) for each in stop)
-
         ids = generate_ids(
             params,
             cfg,
@@ -112,7 +108,7 @@ def generate(
             stop_ids=stop_ids,
             seeds=None if seeds is None else [seeds[i] for i in some],
             indices=some,
-            over=over if stop else None,
+            over=_stopping(model, prompts_now, stop),
         )
         for i, new in zip(some, ids, strict=True):
             found[i] = before(model.text(rows[i], new), stop)
@@ -129,27 +125,44 @@ def n_best(
     max_tokens: int | None,
     source_tokenizer: Tokenizer | None = None,
     context: int | None = None,
+    stop: Sequence[str] = (),
     stop_ids: Sequence[int] = (),
     batch_size: int | None = None,
 ) -> list[list[Candidate]]:
-    """The best `search.num_return` texts for each prompt, or source, that a beam search finds, and their scores."""
+    """The best `search.num_return` texts for each prompt, or source, that a beam search finds, and their scores.
+
+    A text ends at EOS, one of `stop_ids`, one of the texts in `stop`, or `max_tokens` tokens. What it stops at isn't in
+    it, but counts in its score.
+    """
     model = TextModel(params, cfg, tokenizer, source_tokenizer, context)
     rows = model.read(prompts)
+    check_stop(stop)
     search.validate()
     found = dict[int, list[Candidate]]()
     for tokens, some in _batches(model, rows, max_tokens, batch_size):
+        prompts_now = [rows[i] for i in some]
         several = search_ids(
             params,
             cfg,
-            [rows[i] for i in some],
+            prompts_now,
             search,
             max_tokens=tokens,
             end_id=tokenizer.eos,
             stop_ids=stop_ids,
+            over=_stopping(model, prompts_now, stop),
         )
         for i, row in zip(some, several, strict=True):
-            found[i] = [Candidate(model.text(rows[i], each.ids), each.score) for each in row]
+            found[i] = [Candidate(before(model.text(rows[i], each.ids), stop), each.score) for each in row]
     return [found[i] for i in range(len(rows))]
+
+
+def _stopping(
+    model: TextModel, prompts: Sequence[np.ndarray], stop: Sequence[str]
+) -> Callable[[int, np.ndarray], bool] | None:
+    """Whether a prompt's new ids say one of the texts in `stop`; None where there are none."""
+    if not stop:
+        return None
+    return lambda row, new: any(each in model.text(prompts[row], new) for each in stop)
 
 
 def _batches(

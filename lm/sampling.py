@@ -54,8 +54,7 @@ class Sampling(NamedTuple):
             raise InputError(f"top_p is {self.top_p}: use a probability above 0 and up to 1, or None")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise InputError(f"min_p is {self.min_p}: use a share from 0 to 1, or None")
-        if self.repetition_penalty is not None and not 0 < _single(self.repetition_penalty) < math.inf:
-            raise InputError(f"repetition_penalty is {self.repetition_penalty}: use a number above 0, or None")
+        check_repetition_penalty(self.repetition_penalty)
         for name in ("top_k", "top_p", "min_p"):
             if self.temperature == 0 and getattr(self, name) is not None:
                 raise InputError(
@@ -83,6 +82,12 @@ class Sampling(NamedTuple):
         return Numbers(*(np.float32(1.0 if value is None else value) for value in values))
 
 
+def check_repetition_penalty(value: float | None) -> None:
+    """Raises InputError for one that is out of range."""
+    if value is not None and not 0 < _single(value) < math.inf:
+        raise InputError(f"repetition_penalty is {value}: use a number above 0, or None")
+
+
 def _single(value: float) -> float:
     """As it is computed with."""
     with np.errstate(over="ignore"):
@@ -100,13 +105,17 @@ def pick(
     """
     if form.repetition_penalty is not None:
         assert seen_BV is not None
-        scale = numbers.repetition_penalty
-        penalized_BV = jnp.where(logits_BV < 0, logits_BV * scale, logits_BV / scale)
-        logits_BV = jnp.where(seen_BV, penalized_BV, logits_BV)
+        logits_BV = penalized(logits_BV, seen_BV, numbers.repetition_penalty)
     if form.greedy:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     assert keys_B is not None
     return jax.vmap(jax.random.categorical)(keys_B, cut(logits_BV, numbers, form)).astype(jnp.int32)
+
+
+def penalized(scores_BV: Array, seen_BV: Array, penalty: Array) -> Array:
+    """Logits or log-probabilities with the repetition penalty on tokens that a row has already."""
+    less_BV = jnp.where(scores_BV < 0, scores_BV * penalty, scores_BV / penalty)
+    return jnp.where(seen_BV, less_BV, scores_BV)
 
 
 def cut(logits_BV: Array, numbers: Numbers, form: Sampling) -> Array:

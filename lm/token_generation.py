@@ -56,22 +56,22 @@ def generate_ids(
       end_id, stop_ids: all are stop ids.
       seeds: of each row, in place of `seed` and its index. indices: of the rows, that their draws depend on; None: 0, 1
         and so on.
-      over: asked now and then whether a row may end after the ids that it has.
+      over: asked now and then, of beams at every token, whether a row may end after the ids that it has.
       num_beams, length_penalty, early_stopping: see `lm.beams.Search`; 1 is no search.
 
     Raises InputError for an empty prompt, where learned positions don't reach the end or memory for it isn't there, and
     for a beam search with draws.
     """
     if num_beams != 1:
-        if sampling != GREEDY:
+        if sampling._replace(repetition_penalty=None) != GREEDY:
             raise InputError(
                 f"num_beams is {num_beams}, and a beam search draws nothing: leave out what is said of sampling "
-                "(temperature and all that goes with it), or use num_beams 1"
+                "(temperature, top_k, top_p, min_p), or use num_beams 1"
             )
-        if over is not None:
-            raise InputError(f"num_beams is {num_beams}, and a beam search stops at ids alone: leave stop texts out")
-        how = Search(num_beams, length_penalty, early_stopping)
-        found = search_ids(params, cfg, prompts, how, max_tokens=max_tokens, end_id=end_id, stop_ids=stop_ids)
+        how = Search(num_beams, length_penalty, early_stopping, repetition_penalty=sampling.repetition_penalty)
+        found = search_ids(
+            params, cfg, prompts, how, max_tokens=max_tokens, end_id=end_id, stop_ids=stop_ids, over=over
+        )
         return [row[0].ids for row in found]
     new: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
     for _, now in turns(
@@ -119,15 +119,9 @@ def turns(
     sizes = Sizes.of(cfg, prompts, max_tokens)
     check_memory(params, cfg, sizes, beams=1, prompts=len(prompts))
     ready, begun = decoding.ready_params(params, cfg), decoding.begin(params, cfg, prompts, sizes)
-    seen_BV = None
-    if sampling.repetition_penalty is not None:
-        seen_BV = np.zeros((sizes.rows, cfg.padded_vocabulary), bool)
-        for row, prompt in enumerate(prompts):
-            seen_BV[row, np.array([cfg.start_id]) if cfg.has_encoder else prompt] = True
-    state = decoding.first_state(begun, jnp.asarray(_filled(keys, sizes.rows)), sizes.new, seen_BV)
     until, done, form, numbers = 0, False, sampling.form(), sampling.numbers()
-    if form.repetition_penalty is None:
-        state = state._replace(seen_BV=None)
+    seen_BV = None if form.repetition_penalty is None else decoding.seen(cfg, prompts, sizes.rows)
+    state = decoding.first_state(begun, jnp.asarray(_filled(keys, sizes.rows)), sizes.new, seen_BV)
     ended_by_text = np.zeros(sizes.rows, bool)
     while not done:
         until = min(until + turn_tokens, max_tokens)
@@ -160,8 +154,12 @@ def search_ids(
     max_tokens: int,
     end_id: int | None,
     stop_ids: Sequence[int] = (),
+    over: Callable[[int, np.ndarray], bool] | None = None,
 ) -> list[list[Found]]:
-    """The best `search.num_return` continuations of each prompt, or targets of each source, the best first."""
+    """The best `search.num_return` continuations of each prompt, or targets of each source, the best first.
+
+    A beam also ends where `over` says so of its row and ids, which are given back with all that made it so.
+    """
     search.validate().check_lengths(max_tokens)
     stops = _checked(params, cfg, prompts, max_tokens, end_id, stop_ids)
     if not prompts:
@@ -169,7 +167,7 @@ def search_ids(
     sizes = Sizes.of(cfg, prompts, max_tokens)
     check_memory(params, cfg, sizes, beams=search.num_beams, prompts=len(prompts))
     ready = decoding.ready_params(params, cfg)
-    return beams.search(params, ready, cfg, list(prompts), sizes, search, max_tokens=max_tokens, stops=stops)
+    return beams.search(params, ready, cfg, list(prompts), sizes, search, max_tokens=max_tokens, stops=stops, over=over)
 
 
 def _checked(

@@ -159,6 +159,20 @@ def test_the_best_few_of_a_search_have_their_scores(encoder_decoder, capsys):
     assert said.err.split() == ["scores", *(f"{each.score:.4f}" for each in best)]
 
 
+def test_a_search_takes_a_repetition_penalty_and_texts_to_stop_at(encoder_decoder, capsys):
+    model, search = lm.load(encoder_decoder), ["--num-beams", "3", *GREEDY]
+    [plain] = lm.generate(model, ["ab"], num_beams=3, max_tokens=9)
+    stop = plain[2]
+    for flags, how in (
+        (["--repetition-penalty", "3"], {"repetition_penalty": 3.0}),
+        (["--stop", stop], {"stop": stop}),
+    ):
+        commands.main(["generate", str(encoder_decoder), "--prompt", "ab", *flags, *search])
+        [text] = lm.generate(model, ["ab"], num_beams=3, max_tokens=9, **how)
+        assert capsys.readouterr().out == text + "\n"
+        assert text != plain
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -174,6 +188,7 @@ def test_the_best_few_of_a_search_have_their_scores(encoder_decoder, capsys):
         ("--min-p -0.1", "min_p is -0.1"),
         ("--repetition-penalty 0", "repetition_penalty is 0"),
         ("--num-beams 4 --temperature 0.7", "--temperature has no effect"),
+        ("--num-beams 4 --repetition-penalty -1", "repetition_penalty is -1"),
         ("--num-beams 4 --samples 2", "--samples has no effect"),
         ("--num-beams 4 --seed 1", "--seed has no effect"),
         ("--num-beams 0", "--num-beams is 0"),

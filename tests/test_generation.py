@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -156,6 +157,22 @@ def test_a_text_ends_before_what_it_is_to_stop_at(tree, cfg):
     assert len(stopped[0]) <= 20
 
 
+def test_a_search_ends_before_what_it_is_to_stop_at(tree, cfg):
+    prompts, short = ["a", "bc", "def"], Search(3, 0.0, num_return=3)
+    usual = n_best(tree, cfg, ByteTokenizer(), prompts, Search(3), max_tokens=12)
+    stop = [usual[0][0].text[1], "not written"]
+    free = n_best(tree, cfg, ByteTokenizer(), prompts, short, max_tokens=12)
+    found = n_best(tree, cfg, ByteTokenizer(), prompts, short, max_tokens=12, stop=stop)
+    for row, alone in zip(found, prompts, strict=True):
+        assert not any(stop[0] in one.text for one in row)
+        [again] = n_best(tree, cfg, ByteTokenizer(), [alone], short, max_tokens=12, stop=stop)
+        assert [one.text for one in row] == [one.text for one in again]
+    assert any(stop[0] in one.text for row in free for one in row)
+    assert found[0][0].score > free[0][0].score  # it ends with what goes on there
+    never = n_best(tree, cfg, ByteTokenizer(), prompts, short, max_tokens=12, stop=stop[1:])
+    assert [[one.text for one in row] for row in never] == [[one.text for one in row] for row in free]
+
+
 def test_a_row_may_have_its_own_seed(tree, cfg):
     drawn = run(tree, cfg, PROMPTS, Sampling(1.0), seeds=[7, 8, 9])
     alone = run(tree, cfg, PROMPTS[2:], Sampling(1.0), seeds=[9])
@@ -230,18 +247,18 @@ def test_the_plan_of_memory_is_what_the_compiler_needs(cfg, tree, changes, sizes
     begun = decoding.begin(tree, cfg, prompts, sizes)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(ready))
     one, stops = np.int32(1), np.array([3], np.int32)
-    powers = np.ones(sizes.new + 2, np.float32)
-    how = {"cfg": cfg, "beams": width, "new": sizes.new, "prompt_slots": begun.prompt_slots}
-    searching = beams._search.lower(
-        ready, begun._replace(rows=0, prompt_slots=0), one, one, stops, powers, **how, early_stopping=False,
-        lengthening=False,
-    )  # fmt: skip
+    form = beams._Form(cfg, width, begun.prompt_slots, False, False)
+    asked = begun._replace(rows=0, prompt_slots=0)
+    first = jax.eval_shape(functools.partial(beams._first, form=form, new=sizes.new), asked, one, None)
+    numbers = beams._Numbers(one, stops, np.ones(sizes.new + 2, np.float32), np.float32(1))
+    searching = beams._whole.lower(ready, first, None, numbers, form=form)
+    prompts_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(begun.cache))  # which are there meanwhile
     state = decoding.first_state(begun, jax.random.split(jax.random.key(0), sizes.rows), sizes.new, None)
     drawing = decoding.advance.lower(ready, state, None, one, stops, GREEDY.numbers(), cfg=cfg, form=GREEDY.form())
-    for lowered, count in ((searching, width), (drawing, 1)):
+    for lowered, count, beside in ((searching, width, prompts_bytes), (drawing, 1, 0)):
         found = lowered.compile().memory_analysis()
         needed = found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes
-        needed -= found.alias_size_in_bytes + weights
+        needed += beside - found.alias_size_in_bytes - weights
         assert 0.95 * needed <= generation_memory.batch_bytes(cfg, sizes, count) <= 2 * needed
 
 

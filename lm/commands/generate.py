@@ -139,7 +139,7 @@ def _check_generate(arguments: Generate) -> None:
         raise InputError(f"{' and '.join(given)} both say what the prompts are: use one of them")
     if arguments.interactive and (arguments.output is not None or arguments.samples > 1 or arguments.num_beams != 1):
         raise InputError("--interactive shows a text as it is drawn: leave out --output, --samples and --num-beams")
-    drawing = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
+    drawing = ("temperature", "top_k", "top_p", "min_p", "seed")
     drawn = [name for name in drawing if getattr(arguments, name) not in (None, ())]
     drawn = [name for name in drawn if (name, getattr(arguments, name)) != ("temperature", 0.0)]
     if arguments.samples > 1:
@@ -165,12 +165,9 @@ def _draws(arguments: Generate) -> dict[str, Any]:
 
 
 def _search(arguments: Generate) -> dict[str, Any]:
+    names = ("num_beams", "length_penalty", "repetition_penalty", "stop")
     early = {"True": True, "False": False, "never": "never"}[arguments.early_stopping]
-    return {
-        "num_beams": arguments.num_beams,
-        "length_penalty": arguments.length_penalty,
-        "early_stopping": early,
-    }
+    return {"early_stopping": early, **{n: getattr(arguments, n) for n in names}}
 
 
 def _lines(name: str) -> list[str]:

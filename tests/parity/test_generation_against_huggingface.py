@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 from lm.beams import Search  # noqa: E402
 from lm.interop import huggingface  # noqa: E402
@@ -35,10 +35,14 @@ class Side:
         how = {"max_tokens": NEW, "sampling": Sampling(0.0), "seed": 0, "end_id": end_id}
         return [row.tolist() for row in generate_ids(self.params, self.cfg, self.prompts, **how)]
 
-    def our_beams(self, search, end_id, stop_ids=()):
+    def each(self):
+        """Sides of one prompt each."""
+        return [Side(self.cfg, self.params, self.model, [prompt]) for prompt in self.prompts]
+
+    def our_beams(self, search, end_id, stop_ids=(), over=None):
         """(ids, score) of the best of each prompt."""
         found = search_ids(
-            self.params, self.cfg, self.prompts, search, max_tokens=NEW, end_id=end_id, stop_ids=stop_ids
+            self.params, self.cfg, self.prompts, search, max_tokens=NEW, end_id=end_id, stop_ids=stop_ids, over=over
         )
         return [[(each.ids.tolist(), each.score) for each in row] for row in found]
 
@@ -66,7 +70,7 @@ class Side:
         rows = ids[:, start:].tolist()
         return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]
 
-    def their_beams(self, search, ends):
+    def their_beams(self, search, ends, **options):
         found = self.theirs(
             end_id=list(ends),
             num_beams=search.num_beams,
@@ -75,6 +79,8 @@ class Side:
             num_return_sequences=search.num_return,
             return_dict_in_generate=True,
             output_scores=True,
+            repetition_penalty=search.repetition_penalty,
+            **options,
         )
         pairs = list(zip(self.new(found.sequences, ends), found.sequences_scores.tolist(), strict=True))
         return [pairs[i : i + search.num_return] for i in range(0, len(pairs), search.num_return)]
@@ -151,6 +157,36 @@ def test_beams_with_several_stop_ids_equal(side, ends):
     found = side.our_beams(Search(4, 1.0, False, 4), ends[0], ends[1:])
     expected = side.their_beams(Search(4, 1.0, False, 4), ends)
     assert [[ids for ids, _ in row] for row in found] == [[ids for ids, _ in row] for row in expected]
+
+
+def same(found, expected):
+    assert [[ids for ids, _ in row] for row in found] == [[ids for ids, _ in row] for row in expected]
+    scores = [[score for _, score in row] for row in found]
+    np.testing.assert_allclose(scores, [[score for _, score in row] for row in expected], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+def test_beams_with_a_repetition_penalty_equal(side, ends, penalty):
+    """Prompt by prompt there: what pads a prompt counts as seen there."""
+    search = Search(4, 1.0, False, 3, penalty)
+    found = side.our_beams(search, ends[0])
+    same(found, [alone.their_beams(search, ends[:1])[0] for alone in side.each()])
+    assert [ids for ids, _ in found[0]] != [ids for ids, _ in side.our_beams(Search(4, num_return=3), ends[0])[0]]
+
+
+def test_beams_that_end_for_another_reason_equal(side, ends):
+    """Here where two ids follow each other, as with a text to stop at."""
+    free = side.our_beams(Search(4, num_return=3), None)
+    pair = free[0][0][0][3:5]
+    search = Search(4, 1.0, False, 3)
+
+    class Ends(transformers.StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            return (input_ids[:, -2:] == torch.tensor(pair)).all(dim=1)
+
+    found = side.our_beams(search, ends[1], over=lambda _, ids: ids[-2:].tolist() == pair)
+    same(found, side.their_beams(search, ends[1:], stopping_criteria=transformers.StoppingCriteriaList([Ends()])))
+    assert any(ids[-2:] == pair and len(ids) < NEW for row in found for ids, _ in row)
 
 
 def test_the_beam_tests_can_fail(side, ends):
