@@ -12,6 +12,7 @@ from lm.data.sources.source import parse_named
 from lm.data.sources.token_files import TokenFiles
 from lm.data.tokenizer import Tokenizer
 from lm.evaluation.perplexity import check_eos, check_window
+from lm.fields import nearest
 from lm.manifest import MANIFEST, read_manifest
 from lm.training.texts import Progress, Tokenizers, separator_of, tokens_of, validation_key, validation_of
 
@@ -30,7 +31,13 @@ def open_text(run: Loaded, data: str | None, progress: Progress | None = None) -
     """
     config = run.config
     written = config.data.validation_sources
-    if data is not None and data not in {parse_named(source)[0] for source in written} - {""}:
+    names = {parse_named(source)[0] for source in written} - {""}
+    if data is not None and data not in names:
+        if names and ":" not in data:
+            raise InputError(
+                f"{run.path} has no validation text {data!r}{nearest(data, names)}: it has {', '.join(sorted(names))}; "
+                "another text is a source, as in text:FILE"
+            )
         separators = (config.data.document_separator, separator_of(config))
         text = open_corpus(data, document_separator=separators[0], pair_separator=separators[1])
         return ScoredText(text, config.data.prompt_loss)

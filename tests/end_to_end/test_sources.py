@@ -13,7 +13,9 @@ import pytest
 import tensorflow_datasets as tfds
 import zstandard
 
+import lm
 import train
+from lm.config import InputError
 from lm.data import cache
 from lm.data.sources import dataset
 from lm.data.tokenizer import train_bpe
@@ -120,6 +122,8 @@ def test_several_validation_sets_have_names(folder, tmp_path, capsys):
     far = json.loads(scored.read_text())
     assert far["nats"] == pytest.approx(result["others"]["far"]["nats"], rel=1e-6)
     assert far["documents"] == 120 and result["documents"] == 10
+    with pytest.raises(InputError, match=r"no validation text 'fra' \(did you mean 'far'\?\): it has far, near"):
+        lm.evaluate(lm.load(tmp_path / "run"), "fra")
 
 
 def test_a_source_can_be_looked_at(folder):

@@ -161,7 +161,11 @@ def _remote(source: str, pattern: str) -> tuple[bool, list[File]]:
             matched = filesystem.glob(path, detail=True)
         else:
             matched = {path: filesystem.info(path)}
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        # What a server doesn't have and a server that doesn't answer are raised alike.
+        cause = error.__cause__
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+            raise InputError(f"{source} can't be reached: {cause}") from error
         matched = {}
     except errors() as error:
         raise InputError(f"{source} can't be listed: {error}") from error

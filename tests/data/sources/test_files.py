@@ -71,6 +71,12 @@ def test_a_protocol_that_nothing_reads_is_told_with_its_package(monkeypatch):
         matching("text:x", "xyz://bucket/*.txt", example="*.txt")
 
 
+def test_a_server_that_does_not_answer_is_no_wrong_path():
+    pytest.importorskip("aiohttp")
+    with pytest.raises(InputError, match="text:x can't be reached: .*127.0.0.1:9"):
+        matching("text:x", "http://127.0.0.1:9/x.txt", example="*.txt")
+
+
 def test_many_members_and_frames_are_one_text(tmp_path):
     parts = [b"one\n" * 50_000, b"two\n", b"", b"three\n" * 100_000]
     (tmp_path / "a.gz").write_bytes(b"".join(map(gzip.compress, parts)))
