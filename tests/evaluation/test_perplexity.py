@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
+import threading
 
 import jax
 import numpy as np
@@ -14,7 +16,7 @@ from lm.config import InputError, ModelConfig, ParallelConfig, RunConfig
 from lm.data.sources.document import Document
 from lm.data.tokenizer import ByteTokenizer
 from lm.data.tokens import tokenize
-from lm.evaluation import compression
+from lm.evaluation import compression, scorer
 from lm.evaluation.perplexity import Evaluator, ratio_standard_error
 from lm.nn import language_model, params
 from lm.parallel import make_mesh
@@ -170,6 +172,40 @@ def test_batch_size_and_devices_change_nothing(cfg, tree, store, one_device):
         assert abs(scores.nats_per_token - reference.nats_per_token) < 1e-6
         assert abs(scores.standard_error - reference.standard_error) < 1e-6
         np.testing.assert_allclose(scores.per_document.nats_D, reference.per_document.nats_D, rtol=1e-5)
+
+
+class Waiting:
+    """An array that isn't there before `until` is set, and sets `then` as soon as it is asked for."""
+
+    def __init__(self, array, until, then):
+        self.array, self.shape, self.until, self.then = array, array.shape, until, then
+
+    def __array__(self, dtype=None, copy=None):
+        if self.then is not None:
+            self.then.set()
+        assert self.until is None or self.until.wait(30), "the next batch was not computed meanwhile"
+        return np.asarray(self.array, dtype)
+
+
+def test_a_cpu_computes_the_next_batch_meanwhile_and_gives_both_in_order(cfg, tree, store, one_device, monkeypatch):
+    """The first batch is ready only once the second has been asked for."""
+    how = {"window": 16, "stride": 16, "batch_size": 1}
+    expected = evaluator(cfg, store, one_device, **how)(tree)
+    real, asked, second = scorer._compiled, itertools.count(), threading.Event()
+
+    def compiled(*arguments):
+        def run(*batch):
+            number = next(asked)
+            until, then = second if number == 0 else None, second if number == 1 else None
+            return tuple(Waiting(array, until, then) for array in real(*arguments)(*batch))
+
+        return run
+
+    monkeypatch.setattr(scorer, "_compiled", compiled)
+    found = evaluator(cfg, store, one_device, **how)(tree)
+    assert next(asked) > 2
+    assert found.nats == expected.nats
+    np.testing.assert_array_equal(found.per_document.nats_D, expected.per_document.nats_D)
 
 
 def test_no_document_sees_another(cfg, tree, one_device):

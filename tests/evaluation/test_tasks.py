@@ -263,6 +263,17 @@ def test_the_scores_are_of_what_was_written_for_that_very_pair(run, pairs, monke
     assert "lead_sentence" not in result
 
 
+def test_the_protocol_says_how_texts_are_written(pairs):
+    """The length penalty that is used too, and nothing that changes no text."""
+    found = [
+        TaskEvaluator("translation", pairs, decoding, pair_separator="\n").protocol
+        for decoding in (Decoding(5), Decoding(5, 4), Decoding(5, 4, 0.6))
+    ]
+    said = [(protocol["max_tokens"], protocol["num_beams"], protocol["length_penalty"]) for protocol in found]
+    assert said == [(5, 1, None), (5, 4, 1.0), (5, 4, 0.6)]
+    assert not any("batch_size" in protocol for protocol in found)
+
+
 def test_summaries_stand_beside_first_sentences(run, tmp_path):
     pairs = [{"of": "It rains. The cat sleeps.", "is": ["Snow", "It rains."]}, {"of": "We go. Yes.", "is": "Yes."}]
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
