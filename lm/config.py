@@ -323,8 +323,12 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     momentum: float = 0.95
     """muon: decay of the Nesterov momentum."""
+    newton_schulz: Literal["jordan", "polar_express"] = "jordan"
+    """muon: polynomials of the iteration that orthogonalises an update. jordan: the same in every step. polar_express:
+    the best in each for what the steps before leave, so that three steps may do; which learns faster depends on the
+    run."""
     newton_schulz_steps: int = 5
-    """muon: steps of the iteration that orthogonalises an update."""
+    """muon: steps of that iteration."""
     newton_schulz_dtype: Literal["float32", "bfloat16", "tensorfloat32"] = "bfloat16"
     """muon: operands of that iteration's products, as model.compute_dtype."""
     weight_decay: float = 0.1

@@ -305,6 +305,7 @@ READERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "beta2": ("name", ("adamw", "muon", "lion")),
     "epsilon": ("name", ("adamw", "muon")),
     "momentum": ("name", ("muon",)),
+    "newton_schulz": ("name", ("muon",)),
     "newton_schulz_steps": ("name", ("muon",)),
     "newton_schulz_dtype": ("name", ("muon",)),
     "final_learning_rate": ("schedule", ("cosine", "linear", "wsd")),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain, islice, repeat
 from typing import Any
 
 import jax
@@ -26,22 +26,48 @@ from lm.parallel import RULES, Rules, sharding
 
 Array = jax.Array
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic whose iteration takes singular values in (0, 1] to about 0.7 to 1.2 in five steps (Jordan et al.)."""
+JORDAN = (3.4445, -4.7750, 2.0315)
+"""a, b, c of the quintic whose iteration takes singular values in (0, 1] to about 0.7 to 1.2 in five steps (Jordan et
+al.)."""
+_SAFETY = 1.01
+POLAR_EXPRESS = tuple(
+    (a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5)
+    for a, b, c in (
+        (8.28721201814563, -23.595886519098837, 17.300387312530933),
+        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+        (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+        (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    )
+)
+"""Of the first steps one after another: the best there are for singular values from 0.001 to 1, with some room for
+rounding (Amsel et al. 2025, arXiv:2505.16932, algorithm 1). Those of at least 0.001 end between 0.13 and 1.87 with
+three steps, 0.42 and 1.56 with four, 0.84 and 1.13 with five."""
+LAST = (1.875, -1.25, 0.375)
+"""Of the steps after these."""
+Polynomials = tuple[tuple[float, float, float], ...]
 RMS = 0.2
 """Root mean square of an update's entries, as AdamW's are: one learning rate and weight decay then serve both
 (Moonlight, Liu et al. 2025, arXiv:2502.16982, section 2.2)."""
 
 
-def newton_schulz(x_ZRC: Array, *, steps: int, numerics: Numerics) -> Array:
+def polynomials(name: str, steps: int) -> Polynomials:
+    """a, b, c of each step: of `jordan` always the same, of `polar_express` its own."""
+    if name == "jordan":
+        return (JORDAN,) * steps
+    return tuple(islice(chain(POLAR_EXPRESS, repeat(LAST)), steps))
+
+
+def newton_schulz(x_ZRC: Array, *, steps: Polynomials, numerics: Numerics) -> Array:
     """Each matrix near the nearest semi-orthogonal one, U Vᵀ of its singular value decomposition; float32, R <= C.
 
     Iterates x <- a x + (b A + c A²) x with A = x xᵀ, from x / |x|_F. Zero stays zero.
     """
-    a, b, c = COEFFICIENTS
     x_ZRC = x_ZRC.astype(jnp.float32)  # float32: the sum of a million squares
     x_ZRC = x_ZRC / (jnp.sqrt(jnp.sum(jnp.square(x_ZRC), axis=(1, 2), keepdims=True)) + 1e-7)
-    for _ in range(steps):
+    for a, b, c in steps:
         gram_ZRR = product(x_ZRC, x_ZRC, True, numerics)
         polynomial_ZRR = b * gram_ZRR + c * product(gram_ZRR, gram_ZRR, False, numerics)
         x_ZRC = a * x_ZRC + product(polynomial_ZRR, x_ZRC, False, numerics)
@@ -52,7 +78,7 @@ def orthogonalize(
     specs: Sequence[ParamSpec],
     arrays: Sequence[Array],
     *,
-    steps: int,
+    steps: Polynomials,
     numerics: Numerics,
     mesh: Mesh | None,
     rules: Rules = RULES,
@@ -86,7 +112,7 @@ def orthogonalize(
 
 
 def scale_by_muon(
-    specs: Any, *, momentum: float, steps: int, numerics: Numerics, mesh: Mesh | None, rules: Rules = RULES
+    specs: Any, *, momentum: float, steps: Polynomials, numerics: Numerics, mesh: Mesh | None, rules: Rules = RULES
 ) -> optax.GradientTransformation:
     """Nesterov momentum, then `orthogonalize`, of a tree in which all leaves are declared as stacked matrices.
 
@@ -105,7 +131,9 @@ def scale_by_muon(
     return optax.chain(optax.trace(momentum, nesterov=True), optax.stateless(update))
 
 
-def _orthogonalize(specs: Sequence[ParamSpec], stacks: Sequence[Array], steps: int, numerics: Numerics) -> list[Array]:
+def _orthogonalize(
+    specs: Sequence[ParamSpec], stacks: Sequence[Array], steps: Polynomials, numerics: Numerics
+) -> list[Array]:
     """Of whole layers, however many there are of each."""
     by_shape: dict[tuple[int, int], list[tuple[int, int, bool]]] = {}  # -> (array, piece, turned)
     views = [_split(stack, spec) for stack, spec in zip(stacks, specs, strict=True)]

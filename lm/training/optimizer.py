@@ -15,7 +15,7 @@ from lm.nn.matmul import numerics
 from lm.nn.params import ParamSpec, Specs, map_specs
 from lm.parallel import RULES, Rules
 from lm.training.adam import scale_by_adam
-from lm.training.muon import scale_by_muon
+from lm.training.muon import polynomials, scale_by_muon
 
 Array = jax.Array
 
@@ -107,7 +107,7 @@ def _muon(cfg: OptimizerConfig, specs: Specs, mesh: Mesh | None, rules: Rules) -
     matrices = scale_by_muon(
         specs,
         momentum=cfg.momentum,
-        steps=cfg.newton_schulz_steps,
+        steps=polynomials(cfg.newton_schulz, cfg.newton_schulz_steps),
         numerics=numerics(cfg.newton_schulz_dtype),
         mesh=mesh,
         rules=rules,

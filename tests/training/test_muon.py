@@ -16,7 +16,7 @@ from lm.nn.language_model import model_specs
 from lm.nn.matmul import numerics
 from lm.parallel import make_mesh, parameter_shardings, put_rows
 from lm.training.lowering import lower_step
-from lm.training.muon import COEFFICIENTS, RMS, newton_schulz, scale_by_muon
+from lm.training.muon import RMS, newton_schulz, polynomials, scale_by_muon
 from lm.training.optimizer import make_optimizer
 from lm.training.state import create_state
 
@@ -27,12 +27,14 @@ MUON = OptimizerConfig(
 )
 
 
-def reference(g: np.ndarray, steps: int = 5) -> np.ndarray:
-    """Newton-Schulz of one matrix in float64, through its singular values: s <- a s + b s³ + c s⁵."""
+FIVE = polynomials("jordan", 5)
+
+
+def reference(g: np.ndarray, steps=FIVE) -> np.ndarray:
+    """Newton-Schulz of one matrix in float64, through its singular values: s <- a s + b s³ + c s⁵ by each step's."""
     u, s, v = np.linalg.svd(g.astype(np.float64), full_matrices=False)
     s = s / (np.sqrt((s**2).sum()) + 1e-7)
-    a, b, c = COEFFICIENTS
-    for _ in range(steps):
+    for a, b, c in steps:
         s = a * s + b * s**3 + c * s**5
     return RMS * np.sqrt(max(g.shape)) * (u * s) @ v
 
@@ -92,12 +94,28 @@ def test_cross_attention_and_the_encoders_layers_are_matrices_too():
 
 def test_singular_values_come_near_one_and_zero_stays_zero():
     x_ZRC = jax.random.normal(jax.random.key(0), (3, 16, 40)).at[2].set(0.0)
-    found = newton_schulz(x_ZRC, steps=5, numerics=numerics("float32"))
+    found = newton_schulz(x_ZRC, steps=FIVE, numerics=numerics("float32"))
     values = np.linalg.svd(found[:2], compute_uv=False)
     assert values.min() > 0.6 and values.max() < 1.3
+    for steps, nearness in ((3, 0.88), (4, 0.58), (5, 0.16), (9, 1e-4)):
+        how = polynomials("polar_express", steps)
+        assert len(how) == steps
+        more = newton_schulz(x_ZRC, steps=how, numerics=numerics("float32"))[:2]
+        assert np.abs(np.linalg.svd(more, compute_uv=False) - 1).max() < nearness
     assert not found[2].any()
-    rounded = newton_schulz(x_ZRC, steps=5, numerics=numerics("bfloat16"))
+    rounded = newton_schulz(x_ZRC, steps=FIVE, numerics=numerics("bfloat16"))
     assert 1e-4 < float(jnp.abs(rounded - found).max()) < 0.1, "bfloat16 operands"
+
+
+def test_the_config_says_which_polynomials():
+    model = run_config("bare").model
+    specs, grads = gradients(model)
+    cfg = dataclasses.replace(MUON, newton_schulz="polar_express", newton_schulz_steps=3)
+    optimizer = make_optimizer(cfg, specs)
+    found = optimizer.update(grads, optimizer.init(grads), grads)[0]["layers"]["feed_forward"]["up"][0]
+    wanted = reference(grads["layers"]["feed_forward"]["up"][0], polynomials("polar_express", 3))
+    np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
+    assert not np.allclose(wanted, reference(grads["layers"]["feed_forward"]["up"][0]), atol=0.1)
 
 
 def test_embeddings_head_and_vectors_are_adamws():
@@ -117,7 +135,7 @@ def test_embeddings_head_and_vectors_are_adamws():
 
 def test_momentum_is_nesterovs():
     specs = {"w": params.ParamSpec((1, 8, 8), ("layers", "embed", "mlp"), params.zeros, inputs=1)}
-    rule = scale_by_muon(specs, momentum=0.5, steps=5, numerics=numerics("float32"), mesh=None)
+    rule = scale_by_muon(specs, momentum=0.5, steps=FIVE, numerics=numerics("float32"), mesh=None)
     first, second = np.random.default_rng(0).normal(size=(2, 1, 8, 8)).astype(np.float32)
     _, state = rule.update({"w": first}, rule.init({"w": first}))
     found, _ = rule.update({"w": second}, state)
