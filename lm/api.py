@@ -342,9 +342,8 @@ def generate(
     isn't enough memory for keys and values.
     """
     prompts = [prompts] if isinstance(prompts, str) else prompts
-    drawing: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    drawing["seeds"] = seeds
     if num_beams != 1:
+        drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seeds": seeds}
         _refuse_draws(num_beams, drawing)
         several = n_best(
             run,

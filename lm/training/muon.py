@@ -63,7 +63,8 @@ def polynomials(name: str, steps: int) -> Polynomials:
 def newton_schulz(x_ZRC: Array, *, steps: Polynomials, numerics: Numerics) -> Array:
     """Each matrix near the nearest semi-orthogonal one, U Vᵀ of its singular value decomposition; float32, R <= C.
 
-    Iterates x <- a x + (b A + c A²) x with A = x xᵀ, from x / |x|_F. Zero stays zero.
+    Iterates x <- a x + (b A + c A²) x with A = x xᵀ, from x / |x|_F, for the a, b, c of each of `steps`. Zero stays
+    zero.
     """
     x_ZRC = x_ZRC.astype(jnp.float32)  # float32: the sum of a million squares
     x_ZRC = x_ZRC / (jnp.sqrt(jnp.sum(jnp.square(x_ZRC), axis=(1, 2), keepdims=True)) + 1e-7)

@@ -126,6 +126,12 @@ def test_greedy_tokens_equal(side):
     assert len(ended[0]) <= 7
 
 
+def same(found, expected):
+    assert [[ids for ids, _ in row] for row in found] == [[ids for ids, _ in row] for row in expected]
+    scores = [[score for _, score in row] for row in found]
+    np.testing.assert_allclose(scores, [[score for _, score in row] for row in expected], rtol=1e-4, atol=1e-4)
+
+
 SEARCHES = [
     Search(4), Search(4, 0.0), Search(4, 2.0, True, 4), Search(4, -1.0, False, 2), Search(4, 1.0, "never", 3),
     Search(4, 0.6, True), Search(2, 1.0, False, 2), Search(1),
@@ -143,26 +149,17 @@ def ends(side):
 @pytest.mark.parametrize("search", SEARCHES, ids=str)
 def test_beams_and_their_scores_equal(side, ends, search):
     """Scores to 1e-4: sums of up to 20 float32 log-probabilities."""
-    found, expected = side.our_beams(search, ends[0]), None
+    found = side.our_beams(search, ends[0])
     if search.num_beams == 1:
         assert [row[0][0] for row in found] == side.ours(ends[0])
         return
-    expected = side.their_beams(search, ends[:1])
-    assert [[ids for ids, _ in row] for row in found] == [[ids for ids, _ in row] for row in expected]
-    scores = [[score for _, score in row] for row in found]
-    np.testing.assert_allclose(scores, [[score for _, score in row] for row in expected], rtol=1e-4, atol=1e-4)
+    same(found, side.their_beams(search, ends[:1]))
 
 
 def test_beams_with_several_stop_ids_equal(side, ends):
     found = side.our_beams(Search(4, 1.0, False, 4), ends[0], ends[1:])
     expected = side.their_beams(Search(4, 1.0, False, 4), ends)
     assert [[ids for ids, _ in row] for row in found] == [[ids for ids, _ in row] for row in expected]
-
-
-def same(found, expected):
-    assert [[ids for ids, _ in row] for row in found] == [[ids for ids, _ in row] for row in expected]
-    scores = [[score for _, score in row] for row in found]
-    np.testing.assert_allclose(scores, [[score for _, score in row] for row in expected], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("penalty", [1.3, 0.8])
