@@ -18,11 +18,13 @@ from lm.nn.initializers import initializers
 from lm.nn.layers import (
     Constrain,
     Dropout,
+    RotaryTable,
     drop,
     feed_forward,
     feed_forward_specs,
     llama3_frequencies,
     rotary_frequencies,
+    rotary_table,
 )
 from lm.nn.matmul import numerics
 from lm.nn.norms import norm, norm_specs
@@ -113,6 +115,7 @@ def encode(
     pattern = cfg.layer_pattern
     P, L = len(pattern), cfg.num_layers
     specs = {**layer_specs(cfg), **({} if between is None else between.specs)}
+    tables = rotary_tables(cfg, positions_BT)
 
     def run_layer(carry: tuple, layer: tuple, kind: LayerKind) -> tuple:
         x, cache = carry
@@ -120,11 +123,11 @@ def encode(
         return encoder_layer(
             parameters if gather is None else gather(parameters, specs),
             x,
-            positions_BT,
             mask,
             cache,
             index,
             kind=kind,
+            table=tables.get(kind),
             cfg=cfg,
             dropout=dropout,
             constrain=constrain,
@@ -178,12 +181,12 @@ def _all_but_gathered(primitive: Any, *operands: Any, **parameters: Any) -> bool
 def encoder_layer(
     params: dict[str, Any],
     x_BTD: Array,
-    positions_BT: Array,
     mask: AttentionMask,
     cache: KeyValueCache | None,
     layer: Array | int,
     *,
     kind: LayerKind,
+    table: RotaryTable | None,
     cfg: ModelConfig,
     dropout: Dropout | None,
     constrain: Constrain,
@@ -213,10 +216,9 @@ def encoder_layer(
     y_BTD, cache = self_attention(
         params["attention"],
         x_BTD if post else normalize("attention_norm", x_BTD),
-        positions_BT,
         mask._replace(window=kind.window),
         head_width=cfg.head_width,
-        rotary_frequency_h=layer_frequencies(cfg, kind),
+        table=table,
         scale=cfg.score_scale,
         softcap=cfg.attention_softcap,
         norm_epsilon=cfg.norm_epsilon,
@@ -245,10 +247,20 @@ def encoder_layer(
     return add("feed_forward", x_BTD, y_BTD, FEED_FORWARD), cache
 
 
-def layer_frequencies(cfg: ModelConfig, kind: LayerKind) -> Array | None:
-    """Radians a token that rotary positions turn by in one kind of layer, [H / 2], float32; None without them."""
+def rotary_tables(cfg: ModelConfig, positions_BT: Array) -> dict[LayerKind, RotaryTable]:
+    """The table of each kind of layer, one for all that turn alike; none without rotary positions."""
     if cfg.positions != "rotary":
-        return None
+        return {}
+    found: dict[tuple[float, float], RotaryTable] = {}
+    for kind in cfg.layer_pattern:
+        alike = (kind.rotary_base, kind.rotary_factor)
+        if alike not in found:
+            found[alike] = rotary_table(positions_BT, _frequencies(cfg, kind))
+    return {kind: found[kind.rotary_base, kind.rotary_factor] for kind in cfg.layer_pattern}
+
+
+def _frequencies(cfg: ModelConfig, kind: LayerKind) -> Array:
+    """Radians a token that rotary positions turn by in one kind of layer, [H / 2], float32."""
     frequency_h = rotary_frequencies(cfg.head_width, base=kind.rotary_base)
     if cfg.rotary_scaling == "llama3":
         return llama3_frequencies(

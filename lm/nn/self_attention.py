@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from lm.nn import params as declare
 from lm.nn.attention import Attend, AttentionMask
 from lm.nn.cache import KeyValueCache
-from lm.nn.layers import Constrain, Dropout, rotary
+from lm.nn.layers import Constrain, Dropout, RotaryTable, rotary
 from lm.nn.matmul import Numerics, project
 from lm.nn.norms import norm_specs, rms_norm
 from lm.nn.params import ParamSpec
@@ -75,11 +75,10 @@ def head_norm_specs(head_width: int, *, offset: bool) -> dict[str, Any]:
 def self_attention(
     params: dict[str, Any],
     x_BTD: Array,
-    positions_BT: Array,
     mask: AttentionMask,
     *,
     head_width: int,
-    rotary_frequency_h: Array | None,
+    table: RotaryTable | None,
     scale: float,
     softcap: float | None,
     norm_epsilon: float,
@@ -94,10 +93,10 @@ def self_attention(
 ) -> tuple[Array, KeyValueCache | None]:
     """Projects x to queries, keys and values, attends, projects back to [B, T, D].
 
-    `attend` is the back end. `rotary_frequency_h` [H / 2] is how far rotary positions turn, in radians a token; None:
-    they don't. `scale`, `softcap` and `bias_NTS` are those of `attend`. With a cache, keys and values are appended to
-    it (at `layer`) and the queries attend to all that it holds. The norms on queries and keys (Henry et al. 2020,
-    arXiv:2010.04245) come before the rotation.
+    `attend` is the back end. `table` says how far rotary positions turn; None: there are none. `scale`, `softcap` and
+    `bias_NTS` are those of `attend`. With a cache, keys and values are appended to it (at `layer`) and the queries
+    attend to all that it holds. The norms on queries and keys (Henry et al. 2020, arXiv:2010.04245) come before the
+    rotation.
     """
     qkv_BTKE = project(x_BTD, params["qkv"], params.get("qkv_bias"), inputs=1, numerics=numerics)
     qkv_BTKE = constrain(qkv_BTKE, ("batch", "length", "kv_heads", "qkv"))
@@ -105,9 +104,8 @@ def self_attention(
     if "q_norm" in params:
         q_BTNH = rms_norm(q_BTNH, params["q_norm"]["scale"], epsilon=norm_epsilon, offset=norm_offset)
         k_BTKH = rms_norm(k_BTKH, params["k_norm"]["scale"], epsilon=norm_epsilon, offset=norm_offset)
-    if rotary_frequency_h is not None:
-        q_BTNH = rotary(q_BTNH, positions_BT, rotary_frequency_h)
-        k_BTKH = rotary(k_BTKH, positions_BT, rotary_frequency_h)
+    if table is not None:
+        q_BTNH, k_BTKH = rotary(q_BTNH, table), rotary(k_BTKH, table)
     k_BSKH, v_BSKH = k_BTKH, v_BTKH
     if cache is not None:
         assert isinstance(layer, int), "a stack with a cache runs unrolled"

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.nn.layers import Dropout, drop, llama3_frequencies, rotary, rotary_frequencies, sinusoidal
+from lm.nn.layers import Dropout, drop, llama3_frequencies, rotary, rotary_frequencies, rotary_table, sinusoidal
 
 
 def test_rotary_turns_by_position_and_scores_depend_on_distance():
     q, k = (jax.random.normal(jax.random.key(i), (1, 1, 1, 8)) for i in (0, 1))
 
     def at(x, position):
-        return rotary(x, jnp.array([[position]]), rotary_frequencies(8, base=100.0))
+        return rotary(x, rotary_table(jnp.array([[position]]), rotary_frequencies(8, base=100.0)))
 
     def score(i, j):
         return float(jnp.sum(at(q, i) * at(k, j)))
