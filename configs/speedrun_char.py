@@ -43,6 +43,7 @@ def get_config() -> RunConfig:
             newton_schulz="polar_express",
             newton_schulz_steps=3,
             newton_schulz_dtype="float32",
+            muon_by_head=True,
             learning_rate=5e-3,
             embedding_factor=3.0,
             head_factor=3.0,

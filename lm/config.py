@@ -331,6 +331,9 @@ class OptimizerConfig:
     """muon: steps of that iteration."""
     newton_schulz_dtype: Literal["float32", "bfloat16", "tensorfloat32"] = "bfloat16"
     """muon: operands of that iteration's products, as model.compute_dtype."""
+    muon_by_head: bool = False
+    """muon: whether query, key and value of each head are orthogonalised by themselves, or those of all heads together.
+    By themselves it takes less time."""
     weight_decay: float = 0.1
     """Decoupled weight decay on matrices and tables; norms and biases have none."""
     clip_norm: float | None = 1.0

@@ -308,6 +308,7 @@ READERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "newton_schulz": ("name", ("muon",)),
     "newton_schulz_steps": ("name", ("muon",)),
     "newton_schulz_dtype": ("name", ("muon",)),
+    "muon_by_head": ("name", ("muon",)),
     "final_learning_rate": ("schedule", ("cosine", "linear", "wsd")),
     "decay_fraction": ("schedule", ("wsd",)),
 }

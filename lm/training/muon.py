@@ -1,8 +1,8 @@
 """Muon's orthogonalisation of updates (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
 
 Every matrix of every layer is orthogonalised by itself: a stack [L, ...] is L of them, and an array that holds several
-side by side (`ParamSpec.pieces`: query, key, value) is taken apart first. All matrices of one shape go through one
-batched iteration.
+side by side (`ParamSpec.pieces`: query, key, value) is taken apart first, and on demand each of these into heads. All
+matrices of one shape go through one batched iteration.
 
 Shapes: L layers, R inputs and C outputs of a matrix, Z matrices of one shape.
 """
@@ -48,6 +48,10 @@ three steps, 0.42 and 1.56 with four, 0.84 and 1.13 with five."""
 LAST = (1.875, -1.25, 0.375)
 """Of the steps after these."""
 Polynomials = tuple[tuple[float, float, float], ...]
+HEADS = ("heads", "kv_heads")
+"""Axes of heads: the last axis but one of a matrix whose outputs they are."""
+LEG = 3
+"""Steps that a wide matrix does by its Gram matrix before that is made anew: see `_by_gram`."""
 RMS = 0.2
 """Root mean square of an update's entries, as AdamW's are: one learning rate and weight decay then serve both
 (Moonlight, Liu et al. 2025, arXiv:2502.16982, section 2.2)."""
@@ -63,16 +67,40 @@ def polynomials(name: str, steps: int) -> Polynomials:
 def newton_schulz(x_ZRC: Array, *, steps: Polynomials, numerics: Numerics) -> Array:
     """Each matrix near the nearest semi-orthogonal one, U Vᵀ of its singular value decomposition; float32, R <= C.
 
-    Iterates x <- a x + (b A + c A²) x with A = x xᵀ, from x / |x|_F, for the a, b, c of each of `steps`. Zero stays
+    Iterates x <- p x, p = a + b A + c A², A = x xᵀ, from x / |x|_F, for the a, b, c of each of `steps`. Zero stays
     zero.
     """
     x_ZRC = x_ZRC.astype(jnp.float32)  # float32: the sum of a million squares
     x_ZRC = x_ZRC / (jnp.sqrt(jnp.sum(jnp.square(x_ZRC), axis=(1, 2), keepdims=True)) + 1e-7)
+    R, C = x_ZRC.shape[1:]
+    if C >= 2 * R and numerics.dtype == "float32":
+        for first in range(0, len(steps), LEG):
+            x_ZRC = _by_gram(x_ZRC, steps[first : first + LEG], numerics)
+        return x_ZRC
     for a, b, c in steps:
         gram_ZRR = product(x_ZRC, x_ZRC, True, numerics)
         polynomial_ZRR = b * gram_ZRR + c * product(gram_ZRR, gram_ZRR, False, numerics)
         x_ZRC = a * x_ZRC + product(polynomial_ZRR, x_ZRC, False, numerics)
     return x_ZRC
+
+
+def _by_gram(x_ZRC: Array, steps: Polynomials, numerics: Numerics) -> Array:
+    """The same steps by A alone: x <- p x makes A <- p A p, and the p, which commute, meet x at the end. Two products
+    as wide as x, not two a step.
+
+    The rounding of A, which hides small singular values, grows by a² a step: over three to 1e-5 of x in float32; in
+    bfloat16 it is too much.
+    """
+    gram_ZRR = product(x_ZRC, x_ZRC, True, numerics)
+    one_1RR = jnp.eye(x_ZRC.shape[1])[None]
+    passed_ZRR = None  # the product of the p so far
+    for step, (a, b, c) in enumerate(steps, 1):
+        p_ZRR = a * one_1RR + b * gram_ZRR + c * product(gram_ZRR, gram_ZRR, False, numerics)
+        passed_ZRR = p_ZRR if passed_ZRR is None else product(p_ZRR, passed_ZRR, False, numerics)
+        if step < len(steps):
+            gram_ZRR = product(product(p_ZRR, gram_ZRR, False, numerics), p_ZRR, False, numerics)
+    assert passed_ZRR is not None, "at least one step"
+    return product(passed_ZRR, x_ZRC, False, numerics)
 
 
 def orthogonalize(
@@ -83,6 +111,7 @@ def orthogonalize(
     numerics: Numerics,
     mesh: Mesh | None,
     rules: Rules = RULES,
+    by_head: bool = False,
 ) -> list[Array]:
     """RMS · sqrt(max(R, C)) · U Vᵀ of every matrix of every stack [L, ...], float32, each in its array's place.
 
@@ -91,7 +120,7 @@ def orthogonalize(
     """
 
     def all_of(*stacks: Array) -> list[Array]:
-        return _orthogonalize(specs, stacks, steps, numerics)
+        return _orthogonalize(specs, stacks, steps, numerics, by_head)
 
     arrays = [array.astype(numerics.dtype) for array in arrays]  # as the products read them: less to move
     if mesh is None or mesh.size == 1:
@@ -113,31 +142,39 @@ def orthogonalize(
 
 
 def scale_by_muon(
-    specs: Any, *, momentum: float, steps: Polynomials, numerics: Numerics, mesh: Mesh | None, rules: Rules = RULES
+    specs: Any,
+    *,
+    momentum: float,
+    steps: Polynomials,
+    numerics: Numerics,
+    mesh: Mesh | None,
+    rules: Rules = RULES,
+    by_head: bool = False,
 ) -> optax.GradientTransformation:
     """Nesterov momentum, then `orthogonalize`, of a tree in which all leaves are declared as stacked matrices.
 
     Args:
       specs: the declaration; it may hold more than the tree.
       momentum: decay of the sum of gradients.
+      by_head: whether query, key and value of each head are matrices by themselves, or of all heads together.
     """
 
     def update(updates: Any, _: Any) -> Any:
         leaves, tree = jax.tree.flatten_with_path(updates)
         declared = [_at(specs, path) for path, _ in leaves]
         arrays = [leaf for _, leaf in leaves]
-        found = orthogonalize(declared, arrays, steps=steps, numerics=numerics, mesh=mesh, rules=rules)
+        found = orthogonalize(declared, arrays, steps=steps, numerics=numerics, mesh=mesh, rules=rules, by_head=by_head)
         return jax.tree.unflatten(tree, found)
 
     return optax.chain(optax.trace(momentum, nesterov=True), optax.stateless(update))
 
 
 def _orthogonalize(
-    specs: Sequence[ParamSpec], stacks: Sequence[Array], steps: Polynomials, numerics: Numerics
+    specs: Sequence[ParamSpec], stacks: Sequence[Array], steps: Polynomials, numerics: Numerics, by_head: bool
 ) -> list[Array]:
     """Of whole layers, however many there are of each."""
     by_shape: dict[tuple[int, int], list[tuple[int, int, bool]]] = {}  # -> (array, piece, turned)
-    views = [_split(stack, spec) for stack, spec in zip(stacks, specs, strict=True)]
+    views = [_split(stack, spec, by_head) for stack, spec in zip(stacks, specs, strict=True)]
     for number, pieces in enumerate(views):
         for place, piece in enumerate(pieces):
             rows, columns = piece.shape[1:]
@@ -149,28 +186,26 @@ def _orthogonalize(
         ends = list(accumulate(len(matrix) for matrix in matrices))
         for (number, place, turned), x in zip(members, jnp.split(found_ZRC, ends[:-1]), strict=True):
             views[number][place] = _turn(x, turned)
-    return [_join(pieces, spec) for pieces, spec in zip(views, specs, strict=True)]
+    return [_join(pieces, spec, len(stack)) for pieces, spec, stack in zip(views, specs, stacks, strict=True)]
 
 
-def _split(stack: Array, spec: ParamSpec) -> list[Array]:
-    """The matrices of a stack, [L, R, C] each."""
-    ends = list(accumulate(spec.pieces or (stack.shape[-1],)))
-    pieces = jnp.split(stack, ends[:-1], axis=-1)
-    return [piece.reshape(len(stack), *shape) for piece, shape in zip(pieces, _shapes(spec), strict=True)]
-
-
-def _join(matrices: Sequence[Array], spec: ParamSpec) -> Array:
-    """The inverse of `_split`."""
-    pieces = [matrix.reshape(len(matrix), *spec.shape[1:-1], -1) for matrix in matrices]
-    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=-1)
-
-
-def _shapes(spec: ParamSpec) -> list[tuple[int, int]]:
-    """(R, C) of each matrix that a layer's part of an array holds."""
+def _split(stack: Array, spec: ParamSpec, by_head: bool) -> list[Array]:
+    """The matrices of a stack [L, ...], of each piece [L, R, C] or, by head, [L heads, R, C]."""
     assert spec.axes[0] == "layers" and spec.inputs is not None, spec
-    inner = spec.shape[1 + spec.inputs : -1]
+    widths = spec.pieces or spec.shape[-1:]
+    head = min(widths) if by_head and spec.axes[-2] in HEADS else None  # a piece may be several heads of queries wide
     rows = math.prod(spec.shape[1 : 1 + spec.inputs])
-    return [(rows, math.prod(inner) * width) for width in spec.pieces or spec.shape[-1:]]
+    pieces = jnp.split(stack, list(accumulate(widths))[:-1], axis=-1)
+    if head is None:
+        return [piece.reshape(len(stack), rows, -1) for piece in pieces]
+    return [piece.reshape(len(stack), rows, -1, head).swapaxes(1, 2).reshape(-1, rows, head) for piece in pieces]
+
+
+def _join(matrices: Sequence[Array], spec: ParamSpec, layers: int) -> Array:
+    """The inverse of `_split`."""
+    together = [x.reshape(layers, -1, *x.shape[1:]).swapaxes(1, 2) for x in matrices]  # [L, R, heads or 1, C]
+    pieces = [x.reshape(layers, *spec.shape[1:-1], -1) for x in together]
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=-1)
 
 
 def _turn(x_ZRC: Array, turned: bool) -> Array:

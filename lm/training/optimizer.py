@@ -111,6 +111,7 @@ def _muon(cfg: OptimizerConfig, specs: Specs, mesh: Mesh | None, rules: Rules) -
         numerics=numerics(cfg.newton_schulz_dtype),
         mesh=mesh,
         rules=rules,
+        by_head=cfg.muon_by_head,
     )
     labels = map_specs(lambda spec: "matrices" if group(spec) == "matrix" else "others", specs)
     matrices = _kept_unless_finite(matrices)

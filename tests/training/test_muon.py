@@ -15,6 +15,7 @@ from lm.nn import params
 from lm.nn.language_model import model_specs
 from lm.nn.matmul import numerics
 from lm.parallel import make_mesh, parameter_shardings, put_rows
+from lm.training import muon
 from lm.training.lowering import lower_step
 from lm.training.muon import RMS, newton_schulz, polynomials, scale_by_muon
 from lm.training.optimizer import make_optimizer
@@ -46,9 +47,9 @@ def gradients(model):
     return specs, jax.tree.unflatten(tree, [draw.normal(size=s.shape).astype(np.float32) for s in flat])
 
 
-def update_of(model, grads, specs, mesh=None):
+def update_of(model, grads, specs, mesh=None, *, cfg=MUON):
     """Muon's first update of the layers' matrices; with Nesterov momentum it is that of the gradient itself."""
-    optimizer = make_optimizer(MUON, specs, mesh)
+    optimizer = make_optimizer(cfg, specs, mesh)
     return jax.jit(lambda g: optimizer.update(g, optimizer.init(g), g)[0])(grads)
 
 
@@ -90,6 +91,60 @@ def test_cross_attention_and_the_encoders_layers_are_matrices_too():
         np.testing.assert_allclose(ours[layer], reference(up[layer]), atol=1e-4)
     table = found["encoder"]["embed"]["tokens"]
     np.testing.assert_allclose(np.abs(table), 1, rtol=1e-3)  # Adam's first step
+
+
+def test_by_head_each_head_of_query_key_and_value_is_a_matrix():
+    """Two heads of queries lie side by side in a group; what reads all heads stays one matrix."""
+    model = run_config("llama").model
+    specs, grads = gradients(model)
+    found = update_of(model, grads, specs, cfg=dataclasses.replace(MUON, muon_by_head=True))["layers"]
+    together = update_of(model, grads, specs)["layers"]
+    H, heads = model.head_width, model.num_heads // model.kv_heads + 2
+    assert heads > 3
+    for layer in range(model.num_layers):
+        qkv, got = (tree["attention"]["qkv"][layer] for tree in (grads["layers"], found))
+        for group in range(model.kv_heads):
+            for head in range(heads):
+                place = (slice(None), group, slice(head * H, (head + 1) * H))
+                wanted = reference(qkv[place])
+                np.testing.assert_allclose(got[place], wanted, atol=1e-4 * np.abs(wanted).max())
+    for block, name in (("attention", "out"), ("feed_forward", "up")):
+        np.testing.assert_allclose(found[block][name], together[block][name], atol=1e-5)
+    assert not np.allclose(found["attention"]["qkv"], together["attention"]["qkv"], atol=0.01)
+
+
+def test_by_head_cross_attention_has_heads_too():
+    model = run_config("bart").model
+    specs, grads = gradients(model)
+    found = update_of(model, grads, specs, cfg=dataclasses.replace(MUON, muon_by_head=True))
+    given, got, H = (
+        grads["layers"]["cross_attention"],
+        found["layers"]["cross_attention"],
+        model.head_width,
+    )
+    for head in range(model.num_heads):
+        np.testing.assert_allclose(got["q"][0][:, head], reference(given["q"][0][:, head]), atol=1e-4)
+    for head in range(model.kv_heads):
+        for piece in (slice(0, H), slice(H, None)):
+            wanted = reference(given["kv"][0][:, head, piece])
+            np.testing.assert_allclose(got["kv"][0][:, head, piece], wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [FIVE, polynomials("polar_express", 5)], ids=["jordan", "polar_express"])
+def test_wide_matrices_by_their_gram_are_as_exact(steps, monkeypatch):
+    """Singular values over five orders of magnitude: the Gram matrix of the smallest is below its rounding."""
+    draw = np.random.default_rng(0)
+    u, v = (np.linalg.qr(draw.normal(size=(rows, 32)))[0] for rows in (32, 80))
+    x = (u * np.logspace(0, -5, 32)) @ v.T
+    wanted = reference(x, steps) / (RMS * np.sqrt(80))
+
+    def error() -> float:
+        found = newton_schulz(jnp.asarray(x[None], jnp.float32), steps=steps, numerics=numerics("float32"))
+        return np.abs(found[0] - wanted).max() / np.abs(wanted).max()
+
+    assert error() < 5e-5
+    monkeypatch.setattr(muon, "LEG", 9)
+    assert error() > 2e-4, "the check can fail"
 
 
 def test_singular_values_come_near_one_and_zero_stays_zero():
