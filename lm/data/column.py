@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ class Column:
         except OSError as error:
             way_out = "; raise the limit, ulimit -n" if error.errno == errno.EMFILE else ""
             raise InputError(f"{path} can't be read: {error.strerror}{way_out}") from error
+        weakref.finalize(self, os.close, self._file)  # also where the interpreter ends first
         if os.fstat(self._file).st_size < offset + size * self.dtype.itemsize:
             self._damaged()
         if hasattr(os, "posix_fadvise"):
@@ -52,10 +54,6 @@ class Column:
             return self._read(start, max(stop, start))
         index = range(self.size)[index]
         return self._read(index, index + 1)[0]
-
-    def __del__(self) -> None:
-        if hasattr(self, "_file"):
-            os.close(self._file)
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         wanted = (stop - start) * self.dtype.itemsize
