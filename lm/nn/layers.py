@@ -80,8 +80,8 @@ def rotary_table(positions_BT: Array, frequency_h: Array) -> RotaryTable:
 def _kept(table: RotaryTable) -> RotaryTable:
     """The same numbers, by a product with the identity, which XLA's CPU compiler fuses with nothing.
 
-    It would compute cosine and sine again for every element of every head of every layer: a fifth of the time of a
-    small model's training step. Its barriers against that are gone when it fuses.
+    It would compute cosine and sine again for every element of every head of every layer: a tenth of the time of a
+    small model's training step, a fifth of its evaluation's. Its barriers against that are gone when it fuses.
     """
     one_hh = jnp.eye(table.cos_BT1h.shape[-1])
     return RotaryTable(*(jnp.matmul(x_BT1h, one_hh, precision=lax.Precision.HIGHEST) for x_BT1h in table))

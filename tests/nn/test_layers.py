@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm.nn import layers
 from lm.nn.layers import Dropout, drop, llama3_frequencies, rotary, rotary_frequencies, rotary_table, sinusoidal
 
 
@@ -24,6 +25,21 @@ def test_rotary_turns_by_position_and_scores_depend_on_distance():
     pair = np.asarray(q).reshape(8)[[0, 4]]  # dimensions h and h + H/2 turn together, at frequency base^(-2h/H)
     turned = np.array([[np.cos(2), -np.sin(2)], [np.sin(2), np.cos(2)]]) @ pair
     np.testing.assert_allclose(np.asarray(at(q, 2)).reshape(8)[[0, 4]], turned, atol=1e-6)
+
+
+def test_a_cpu_computes_cosine_and_sine_once_for_all_heads_and_layers(monkeypatch):
+    def compiled() -> str:
+        def turned_twice(x, positions):
+            table = rotary_table(positions, rotary_frequencies(16, base=100.0))
+            once = jnp.einsum("btnh,hi->btni", rotary(x, table), jnp.ones((16, 16)))  # as between two layers
+            return rotary(once, table)
+
+        shapes = (jax.ShapeDtypeStruct((2, 32, 4, 16), jnp.float32), jax.ShapeDtypeStruct((2, 32), jnp.int32))
+        return jax.jit(turned_twice).lower(*shapes).compile().as_text()
+
+    assert compiled().count(" cosine(") == 1
+    monkeypatch.setattr(layers, "_kept", lambda table: table)
+    assert compiled().count(" cosine(") > 1, "the check can fail"
 
 
 def test_llama3_stretches_long_wavelengths_and_keeps_short_ones():

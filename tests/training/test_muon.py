@@ -117,11 +117,8 @@ def test_by_head_cross_attention_has_heads_too():
     model = run_config("bart").model
     specs, grads = gradients(model)
     found = update_of(model, grads, specs, cfg=dataclasses.replace(MUON, muon_by_head=True))
-    given, got, H = (
-        grads["layers"]["cross_attention"],
-        found["layers"]["cross_attention"],
-        model.head_width,
-    )
+    given, got = (tree["layers"]["cross_attention"] for tree in (grads, found))
+    H = model.head_width
     for head in range(model.num_heads):
         np.testing.assert_allclose(got["q"][0][:, head], reference(given["q"][0][:, head]), atol=1e-4)
     for head in range(model.kv_heads):
