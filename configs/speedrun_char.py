@@ -3,7 +3,7 @@
     python train.py speedrun_char --data.train text:input.txt
 
 On Shakespeare (1.1 MB) 1.87 nats a character over the last tenth of the text, scored in blocks of the context as
-nanoGPT scores it, and 1.56 with --training.steps 2000. The settings were chosen on that tenth. A CPU without bfloat16
+nanoGPT scores it, and 1.55 with --training.steps 2000. The settings were chosen on that tenth. A CPU without bfloat16
 instructions is faster with --model.compute-dtype float32, and comes to the same loss.
 """
 
