@@ -13,6 +13,7 @@ SWITCH = "LM_ALLOCATOR"
 
 # mallopt(3)
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+_ASYNC_DISPATCH = "JAX_CPU_ENABLE_ASYNC_DISPATCH"
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/accel0", "/dev/accel", "/dev/vfio/0", "/dev/dxg")
 
 
@@ -28,15 +29,24 @@ def keep_freed_memory() -> None:
     """Makes malloc keep what is freed for the next step; `note` tells whether it does.
 
     XLA's CPU back end takes its temporaries anew each step. glibc gives them back to the system each time, and their
-    pages are then faulted in and zeroed again: a third of a step's time. So: no blocks of their own, one arena (the
-    others are unmapped whenever they are empty, whatever the threshold), never trimmed. To be called before the first
-    thread begins. Left alone: other systems, accelerators, and a user who has chosen an allocator or its settings.
+    pages are then faulted in and zeroed again: a third of a step's time. So: no blocks of their own, never trimmed.
+    That holds in the main thread alone: the arenas of others give every block above 64 MiB back, whatever they are
+    told. So the thread that asks JAX for a computation does it itself, which it can where there is one device. With
+    several, all threads share the one arena, and wait for each other in it: small steps, and compiling, take up to
+    half as long again.
+
+    To be called before the first thread begins and JAX is loaded. Left alone: other systems, accelerators, and a user
+    who has chosen an allocator or its settings.
     """
     global _said
     if not (sys.platform == "linux" and _is_glibc() and _on_cpu(os.environ) and _undecided(os.environ)):
         return
     mallopt = ctypes.CDLL(None).mallopt
-    settings = ((_MMAP_MAX, 0), (_ARENA_MAX, 1), (_TRIM_THRESHOLD, -1))
+    settings = [(_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1)]
+    if _one_device(os.environ):
+        os.environ.setdefault(_ASYNC_DISPATCH, "0")
+    else:
+        settings.append((_ARENA_MAX, 1))
     done = [mallopt(name, value) for name, value in settings]
     if all(done):
         _said = f"allocator  glibc's keeps what a step frees for the next ({SWITCH}=system leaves it as it was)"
@@ -61,6 +71,12 @@ def _on_cpu(environment: Mapping[str, str]) -> bool:
     if platforms := environment.get("JAX_PLATFORMS"):
         return platforms.split(",")[0] == "cpu"
     return not any(Path(device).exists() for device in _ACCELERATORS)
+
+
+def _one_device(environment: Mapping[str, str]) -> bool:
+    """Whether the CPU is one device, as JAX will be told."""
+    flags = environment.get("XLA_FLAGS", "")
+    return "host_platform_device_count" not in flags and environment.get("JAX_NUM_CPU_DEVICES", "1") in ("1", "-1")
 
 
 def _undecided(environment: Mapping[str, str]) -> bool:
