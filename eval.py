@@ -93,6 +93,7 @@ def evaluate(argv: Sequence[str]) -> None:
         from lm.evaluation.tasks import check_task
         from lm.processes import hosts
 
+    allocator.compute_inline()
     arguments.connect()
     if arguments.task is not None:
         check_task(arguments.task)

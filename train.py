@@ -10,6 +10,7 @@ def train(argv: Sequence[str]) -> None:
     with cli.loading():
         from lm import api
 
+    allocator.compute_inline()
     config, workdir, arguments = cli.train_arguments(argv, api.preset)
     arguments.connect()
     api.train(config, workdir)

@@ -13,7 +13,6 @@ SWITCH = "LM_ALLOCATOR"
 
 # mallopt(3)
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
-_ASYNC_DISPATCH = "JAX_CPU_ENABLE_ASYNC_DISPATCH"
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/accel0", "/dev/accel", "/dev/vfio/0", "/dev/dxg")
 
 
@@ -31,25 +30,33 @@ def keep_freed_memory() -> None:
     XLA's CPU back end takes its temporaries anew each step. glibc gives them back to the system each time, and their
     pages are then faulted in and zeroed again: a third of a step's time. So: no blocks of their own, never trimmed.
     That holds in the main thread alone: the arenas of others give every block above 64 MiB back, whatever they are
-    told. So the thread that asks JAX for a computation does it itself, which it can where there is one device. With
-    several, all threads share the one arena, and wait for each other in it: small steps, and compiling, take up to
-    half as long again.
+    told. So where the CPU is one device, `compute_inline` has the asking thread compute. With several, all threads
+    share one arena, and wait for each other in it: small steps, and compiling, take up to half as long again.
 
-    To be called before the first thread begins and JAX is loaded. Left alone: other systems, accelerators, and a user
-    who has chosen an allocator or its settings.
+    To be called before the first thread begins. Left alone: other systems, accelerators, and a user who has chosen an
+    allocator or its settings.
     """
     global _said
     if not (sys.platform == "linux" and _is_glibc() and _on_cpu(os.environ) and _undecided(os.environ)):
         return
     mallopt = ctypes.CDLL(None).mallopt
     settings = [(_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1)]
-    if _one_device(os.environ):
-        os.environ.setdefault(_ASYNC_DISPATCH, "0")
-    else:
+    if not _one_device(os.environ):
         settings.append((_ARENA_MAX, 1))
     done = [mallopt(name, value) for name, value in settings]
     if all(done):
         _said = f"allocator  glibc's keeps what a step frees for the next ({SWITCH}=system leaves it as it was)"
+
+
+def compute_inline() -> None:
+    """Has the thread that asks JAX for a computation do it, where `keep_freed_memory` keeps memory for that thread.
+
+    To be called before JAX has looked for devices.
+    """
+    if _said is not None and _one_device(os.environ):
+        import jax  # not before it is wanted: the first half of a second of a command
+
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def give_back() -> None:

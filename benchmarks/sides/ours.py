@@ -12,6 +12,7 @@ def build(spec: dict[str, Any]) -> Side:
     from benchmarks.sides import ours_reading, ours_training
     from lm import compilation
 
+    allocator.compute_inline()
     compilation.keep()
     return (ours_training if spec["task"] == "training" else ours_reading).build(spec)
 

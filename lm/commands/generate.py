@@ -82,6 +82,7 @@ def generate(argv: Sequence[str]) -> None:
     with cli.loading():
         from lm import api
 
+    allocator.compute_inline()
     run = api.load(arguments.model, step=arguments.step, dtype=arguments.dtype)
     if arguments.interactive:
         _converse(arguments, run)
