@@ -60,7 +60,7 @@ def score(
       rules: as `parallel.rules`.
     """
     alone = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-    compiling, compiled = threading.Lock(), set[tuple[int, int]]()  # else threads compile a new shape each
+    compiling, met = threading.Lock(), set[Any]()  # else threads that meet new shapes at once compile them each
 
     if alone and not cfg.scan_layers:
         params = _layers_apart(params, cfg)
@@ -73,9 +73,10 @@ def score(
         batch, columns_RW = put_rows(mesh, jax.tree.map(lambda x: x[mine], (each.batch, each.columns_RW)))
         slices = np.int32(-(-each.scored // size))
         run = _compiled(cfg, mesh, rules, size, greedy)
-        with contextlib.nullcontext() if (R, W) in compiled else compiling:
+        shapes = tuple(x.shape for x in jax.tree.leaves(batch))
+        with contextlib.nullcontext() if shapes in met else compiling:
             result = run(params, batch, columns_RW, slices)
-            compiled.add((R, W))
+        met.add(shapes)
         assert result[0].shape[0] == R, "a process gave other rows than its own"
         return lambda: tuple(map(np.asarray, result))
 

@@ -208,6 +208,28 @@ def test_a_cpu_computes_the_next_batch_meanwhile_and_gives_both_in_order(cfg, tr
     np.testing.assert_array_equal(found.per_document.nats_D, expected.per_document.nats_D)
 
 
+def test_no_batch_copies_the_layers_out_of_their_stack(cfg, store, one_device, monkeypatch):
+    """What a batch needs besides its arguments is less than the layers."""
+    cfg = dataclasses.replace(cfg, num_layers=8, d_model=128)
+    tree = params.initialize(language_model.model_specs(cfg), jax.random.key(0))
+    layers = sum(leaf.nbytes for leaf in jax.tree.leaves(tree["layers"]))
+    real, needed = scorer._compiled, []
+
+    def compiled(*arguments):
+        def run(given, *batch):
+            program = real(*arguments)
+            compiled = [program.lower(weights, *batch).compile() for weights in (given, tree)]
+            needed.append([each.memory_analysis().temp_size_in_bytes for each in compiled])
+            return program(given, *batch)
+
+        return run
+
+    monkeypatch.setattr(scorer, "_compiled", compiled)
+    evaluator(cfg, store, one_device, batch_size=1)(tree)
+    for apart, stacked in needed:
+        assert apart < layers / 4 < layers <= stacked
+
+
 def test_no_document_sees_another(cfg, tree, one_device):
     """Documents share rows; each one's nats must be what they are alone."""
     texts = [TEXTS["short"], TEXTS["wide"]]
