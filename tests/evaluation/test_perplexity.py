@@ -208,6 +208,25 @@ def test_a_cpu_computes_the_next_batch_meanwhile_and_gives_both_in_order(cfg, tr
     np.testing.assert_array_equal(found.per_document.nats_D, expected.per_document.nats_D)
 
 
+def test_a_batch_that_its_thread_computes_holds_no_other_back(cfg, tree, store, one_device, monkeypatch):
+    """The call for the second batch returns only once the third has been asked for."""
+    real, asked, third = scorer._compiled, itertools.count(), threading.Event()
+
+    def compiled(*arguments):
+        def run(*batch):
+            number = next(asked)
+            if number == 2:
+                third.set()
+            assert number != 1 or third.wait(20), "the third was not begun meanwhile"
+            return real(*arguments)(*batch)
+
+        return run
+
+    monkeypatch.setattr(scorer, "_compiled", compiled)
+    evaluator(cfg, store, one_device, batch_size=1)(tree)
+    assert third.is_set()
+
+
 def test_no_batch_copies_the_layers_out_of_their_stack(cfg, store, one_device, monkeypatch):
     """What a batch needs besides its arguments is less than the layers."""
     cfg = dataclasses.replace(cfg, num_layers=8, d_model=128)
