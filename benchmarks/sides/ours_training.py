@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks.serving import Side
 from benchmarks.workloads import random_rows
+from lm import allocator
 from lm.config import RunConfig
 from lm.data.pipeline import Batch
 from lm.nn.language_model import model_specs
@@ -30,6 +31,7 @@ def build(spec: dict[str, Any]) -> Side:
     optimizer = optimizer_on(cfg, mesh)
     batches = [batch_of(*pair, packed=spec["packed"]) for pair in random_rows(spec["workload"])]
     compiled = lower_step(cfg, optimizer, mesh, put_rows(mesh, batches[0])).compile()
+    allocator.give_back()
     state = create_state(cfg, optimizer, mesh)
 
     def run(steps: int) -> None:

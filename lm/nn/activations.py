@@ -8,28 +8,31 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from lm.nn.late import late
+
 Array = jax.Array
 
 
 @jax.custom_vjp
 def gelu(x: Array) -> Array:
     """x Φ(x), exact, in x's dtype (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
-    return _gelu_forward(x)[0]
+    wide, phi = _phi(x)
+    return (wide * phi).astype(x.dtype)
 
 
-def _gelu_forward(x: Array) -> tuple[Array, Array]:
-    """The value, and the slope Φ(x) + x φ(x), which is all that the backward pass reads."""
+def _phi(x: Array) -> tuple[Array, Array]:
     wide = x.astype(jnp.float32)  # float32: 1 + erf(x) loses what x is in bfloat16
-    phi = 0.5 * (1.0 + jax.lax.erf(wide * math.sqrt(0.5)))
+    return wide, 0.5 * (1.0 + jax.lax.erf(wide * math.sqrt(0.5)))
+
+
+def _gelu_backward(x: Array, g: Array) -> tuple[Array]:
+    """The slope, Φ(x) + x φ(x), from x alone."""
+    wide, phi = _phi(late(x, g))
     slope = phi + wide * jnp.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi)
-    return (wide * phi).astype(x.dtype), slope.astype(x.dtype)
+    return (g * slope.astype(x.dtype),)
 
 
-def _gelu_backward(slope: Array, g: Array) -> tuple[Array]:
-    return (g * slope,)
-
-
-gelu.defvjp(_gelu_forward, _gelu_backward)
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

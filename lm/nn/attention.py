@@ -13,8 +13,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lm.nn.late import late
 from lm.nn.layers import Dropout, drop
-from lm.nn.matmul import Numerics, product, sum_of_rows
+from lm.nn.matmul import Numerics, heads_first, product, sum_of_rows
 
 Array = jax.Array
 
@@ -79,8 +80,8 @@ def attend(
     S, K = k_BSKH.shape[1:3]
     G = N // K
     # Two batch axes and two matrix axes: the form that every back end has a fast product for.
-    q_BKMH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
-    k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
+    q_BKMH = heads_first(q_BTNH, numerics).reshape(B, K, G * T, H)
+    k_BKSH, v_BKSH = heads_first(k_BSKH, numerics), heads_first(v_BSKH, numerics)
     allowed = mask.dense(T, S)
     bias_KMS = None if bias_NTS is None else bias_NTS.reshape(K, G * T, S)
     if softcap is None and dropout is None:
@@ -92,7 +93,7 @@ def attend(
         probabilities = _softmax(scores_BKMS, allowed).reshape(B, K, G, T, S)
         probabilities = drop(probabilities, dropout).reshape(B, K, G * T, S)
         o_BKMH = product(probabilities, v_BKSH, False, numerics).astype(q_BTNH.dtype)
-    return o_BKMH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    return heads_first(o_BKMH.reshape(B, N, T, H), numerics)
 
 
 def _scores(q_BKMH: Array, k_BKSH: Array, bias_KMS: Array | None, scale: float, numerics: Numerics) -> Array:
@@ -152,6 +153,7 @@ def _backward(
     """Of scores s: ds = p (dp - Σ p dp), where dp = do · vᵀ and Σ p dp = do · o (Dao et al. 2022, arXiv:2205.14135).
     The bias's is their sum over the batch."""
     q, k, v, bias, p, o = saved
+    p, o = late(p, do[..., :1]), late(o, do)
     meet = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1, keepdims=True)
     dp = product(do, v, True, numerics)
     dbias = None if bias is None else jnp.sum(p * (dp - meet), axis=0).astype(bias.dtype)

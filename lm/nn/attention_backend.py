@@ -26,8 +26,9 @@ BACKENDS: Mapping[str, Attend] = {
 }
 LONG = 256
 """Tokens from which blocks are faster on CPUs: the scores of longer rows leave the caches."""
-LONGEST_PREFIX = 2048
-"""Tokens up to which a CPU keeps all float32 scores that causality leaves, where it has no fast bfloat16 products."""
+LONGEST_PREFIX = {"float32": 2048, "tensorfloat32": 2048, "bfloat16": 1024}
+"""Tokens up to which a CPU keeps all probabilities that causality leaves, by `model.compute_dtype`: to make them again
+costs a product, and they are T² / 2 numbers a head."""
 LONG_ON_ACCELERATORS = 2048
 """The same where memory is fast: from here on the scores of a row, T² of float32 a head, are what fills it."""
 LONGEST_DENSE = 16384
@@ -88,8 +89,8 @@ def choose(cfg: ModelConfig, site: Site) -> Choice:
     long = LONG if site.platform == "cpu" else LONG_ON_ACCELERATORS
     if longest < long:
         return Choice("reference", f"{excuse}, fewer than the {long} from which blocks pay on a {site.platform}")
-    if site.platform == "cpu" and cfg.compute_dtype != "bfloat16" and longest <= LONGEST_PREFIX:
-        return Choice("prefix", f"{excuse} in float32: blocks of queries, each against the keys before its end")
+    if site.platform == "cpu" and longest <= LONGEST_PREFIX[cfg.compute_dtype]:
+        return Choice("prefix", f"{excuse}: blocks of queries, each against the keys before its end")
     return Choice("blockwise", f"{excuse}: the scores of a block at a time, not {longest} x {longest}")
 
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lm.nn.attention import AttentionMask
+from lm.nn.late import late
 from lm.nn.layers import Dropout
 from lm.nn.matmul import Numerics, product
 
@@ -180,7 +181,7 @@ def _backward(form: _Form, saved: tuple, do: Array) -> tuple[Array, Array, Array
         found = _if_seen(places, seen, lambda: step(i, j), nothing)
         return tuple(total.at[at].add(x) for total, at, x in zip(sums, (i, j, j), found, strict=True)), None
 
-    sums = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+    sums = tuple(late(jnp.zeros(x.shape, jnp.float32), meet[:1, :, :, :1, None]) for x in (q, k, v))
     sums, _ = lax.scan(one, sums, _scanned(form, places))
     dq, dk, dv = (total.astype(x.dtype) for total, x in zip(sums, (q, k, v), strict=True))
     return dq, dk, dv, None

@@ -23,8 +23,9 @@ TPU = Site("tpu", None, 1024, segments=True, dropout=False, training=True)
 PICKED = [
     ({}, CPU, "reference", "128 tokens"),
     ({}, LONG_CPU, "blockwise", "8192 x 8192"),
-    ({"compute_dtype": "float32"}, LONG_CPU._replace(length=512), "prefix", "512 tokens in float32"),
-    ({}, LONG_CPU._replace(length=512), "blockwise", "512 x 512"),
+    ({}, LONG_CPU._replace(length=512), "prefix", "512 tokens: blocks of queries"),
+    ({"compute_dtype": "float32"}, LONG_CPU._replace(length=2048), "prefix", "2048 tokens: blocks of queries"),
+    ({}, LONG_CPU._replace(length=2048), "blockwise", "2048 x 2048"),
     ({"dropout": 0.1}, LONG_CPU._replace(dropout=True), "reference", "dropout"),
     ({"dropout": 0.1}, LONG_CPU, "blockwise", "8192"),  # no dropout: an evaluation
     ({"attention_softcap": 50.0, "window": 64, "num_kv_heads": 2}, LONG_CPU, "blockwise", "8192"),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.nn.matmul import numerics, product, project, sum_of_rows
+from lm.nn.attention import AttentionMask, attend
+from lm.nn.matmul import heads_first, numerics, product, project, sum_of_rows
 
 SIZES = (1, 3, 65, 127)
 
@@ -100,3 +102,45 @@ def test_project_contracts_several_axes_and_adds_bias():
     y = project(x, w, bias, inputs=2, numerics=numerics("float32"))
     np.testing.assert_allclose(y, np.einsum("abnh,nhij->abij", x, w) + np.asarray(bias), atol=1e-5)
     assert project(x, w, bias, inputs=2, numerics=numerics("bfloat16")).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 8), (2, 3, 5, 7), (2, 1, 5, 8), (2, 3, 1, 6), (1, 4, 4, 2)], ids=str)
+def test_heads_first_is_a_transpose_and_its_own_inverse(shape, dtype):
+    x = operands(shape, (1,))[0].astype(dtype)
+    turn = jax.jit(functools.partial(heads_first, numerics=numerics(dtype)))
+    np.testing.assert_array_equal(turn(x), x.transpose(0, 2, 1, 3))
+    np.testing.assert_array_equal(turn(turn(x)), x)
+
+
+def upcast(f, *arguments):
+    """The products in the gradient of f that XLA computes of float32 operands here."""
+    loss = jax.grad(lambda *a: jnp.sum(f(*a).astype(jnp.float32) ** 2), argnums=tuple(range(len(arguments))))
+    text = jax.jit(loss).lower(*arguments).compile().as_text()
+    types = dict(re.findall(r"(%[\w.-]+) = (\w+)\[", text))
+    products = re.findall(r" dot\((%[\w.-]+), (%[\w.-]+)\)", text)
+    assert products
+    return [names for names in products if "f32" in (types[names[0]], types[names[1]])]
+
+
+def test_attention_is_computed_in_bfloat16():
+    """A plain transpose of heads would be folded into its products, and these computed in float32."""
+    bfloat16 = numerics("bfloat16")
+    x_BTNH = jax.ShapeDtypeStruct((2, 64, 3, 32), jnp.bfloat16)
+    w = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)
+    if upcast(lambda x, w: product(x, w, False, bfloat16), w, w):
+        pytest.skip("XLA has no bfloat16 products on this CPU")
+
+    def attention(turn):
+        def run(q, k, v):
+            scores = product(turn(q), turn(k), True, bfloat16)
+            return turn(product(jax.nn.softmax(scores), turn(v), False, bfloat16).astype(jnp.bfloat16))
+
+        return run
+
+    assert upcast(attention(lambda x: x.transpose(0, 2, 1, 3)), x_BTNH, x_BTNH, x_BTNH)
+    assert not upcast(attention(lambda x: heads_first(x, bfloat16)), x_BTNH, x_BTNH, x_BTNH)
+    whole = functools.partial(
+        attend, mask=AttentionMask(True), scale=0.1, softcap=None, numerics=bfloat16, dropout=None
+    )
+    assert not upcast(whole, x_BTNH, x_BTNH, x_BTNH)
