@@ -181,7 +181,9 @@ def _backward(form: _Form, saved: tuple, do: Array) -> tuple[Array, Array, Array
         found = _if_seen(places, seen, lambda: step(i, j), nothing)
         return tuple(total.at[at].add(x) for total, at, x in zip(sums, (i, j, j), found, strict=True)), None
 
-    sums = tuple(late(jnp.zeros(x.shape, jnp.float32), meet[:1, :, :, :1, None]) for x in (q, k, v))
+    some = meet[:1, :, :, :1, None]
+    nothing = late(jnp.zeros_like(some), some)
+    sums = tuple(jnp.broadcast_to(nothing, x.shape) for x in (q, k, v))
     sums, _ = lax.scan(one, sums, _scanned(form, places))
     dq, dk, dv = (total.astype(x.dtype) for total, x in zip(sums, (q, k, v), strict=True))
     return dq, dk, dv, None
