@@ -80,8 +80,8 @@ def attend(
     S, K = k_BSKH.shape[1:3]
     G = N // K
     # Two batch axes and two matrix axes: the form that every back end has a fast product for.
-    q_BKMH = heads_first(q_BTNH, numerics).reshape(B, K, G * T, H)
-    k_BKSH, v_BKSH = heads_first(k_BSKH, numerics), heads_first(v_BSKH, numerics)
+    q_BNTH, k_BKSH, v_BKSH = (heads_first(x, numerics, queries=T) for x in (q_BTNH, k_BSKH, v_BSKH))
+    q_BKMH = q_BNTH.reshape(B, K, G * T, H)
     allowed = mask.dense(T, S)
     bias_KMS = None if bias_NTS is None else bias_NTS.reshape(K, G * T, S)
     if softcap is None and dropout is None:
@@ -93,7 +93,7 @@ def attend(
         probabilities = _softmax(scores_BKMS, allowed).reshape(B, K, G, T, S)
         probabilities = drop(probabilities, dropout).reshape(B, K, G * T, S)
         o_BKMH = product(probabilities, v_BKSH, False, numerics).astype(q_BTNH.dtype)
-    return heads_first(o_BKMH.reshape(B, N, T, H), numerics)
+    return heads_first(o_BKMH.reshape(B, N, T, H), numerics, queries=T)
 
 
 def _scores(q_BKMH: Array, k_BKSH: Array, bias_KMS: Array | None, scale: float, numerics: Numerics) -> Array:

@@ -98,11 +98,12 @@ def _turned(x_ZMK: Array) -> Array:
     return pieces.transpose(*range(z), z + 1, z + 2, z).reshape(*Z, K, M)
 
 
-def heads_first(x_BTNH: Array, numerics: Numerics) -> Array:
+def heads_first(x_BTNH: Array, numerics: Numerics, *, queries: int) -> Array:
     """x_BNTH, as products over each head's positions want it; its own inverse.
 
     On CPUs by way of a reshape, as `_turned`: XLA folds a plain transpose into the product, and has no bfloat16 for one
-    of that form. It would compute all of attention in float32, at a third of the speed and less.
+    of that form. It would compute all of attention in float32, at a third of the speed and less. A single query's keys
+    come from a cache where they lie so already: two plain transposes are none.
     """
     B, T, N, H = x_BTNH.shape
     halves = 2
@@ -114,7 +115,7 @@ def heads_first(x_BTNH: Array, numerics: Numerics) -> Array:
     def plain(x: Array) -> Array:
         return x.transpose(0, 2, 1, 3)
 
-    if numerics.dtype != "bfloat16" or H % halves or halves == H or 1 in (T, N):
+    if numerics.dtype != "bfloat16" or H % halves or halves == H or 1 in (T, N, queries):
         return plain(x_BTNH)
     return lax.platform_dependent(x_BTNH, cpu=apart, default=plain)
 
