@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.config import ModelConfig
-from lm.cores import usable_cores
+from lm.cores import have_bfloat16, usable_cores
 from lm.nn import language_model
 from lm.nn.cache import KeyValueCache
 from lm.nn.decoder import NAME, Memory, cross_specs, remember
@@ -119,9 +119,12 @@ def seen(cfg: ModelConfig, prompts: Sequence[np.ndarray], rows: int) -> np.ndarr
 
 
 def empty_cache(cfg: ModelConfig, rows: int, slots: int) -> KeyValueCache:
-    """Layers with a sliding window get a ring: but with relative positions, which are counted by slots."""
+    """Layers with a sliding window get a ring: but with relative positions, which are counted by slots.
+
+    In the compute dtype, but on a CPU in float32: of bfloat16 it would convert all at each token, there and back.
+    """
     windows = [None if cfg.positions == "relative" else kind.window for kind in cfg.layer_pattern]
-    dtype = numerics(cfg.compute_dtype).dtype
+    dtype = "float32" if jax.default_backend() == "cpu" else numerics(cfg.compute_dtype).dtype
     return KeyValueCache.empty(cfg.num_layers, rows, slots, cfg.kv_heads, cfg.head_width, dtype, windows)
 
 
@@ -289,16 +292,24 @@ def ready_params(params: Any, cfg: ModelConfig) -> Any:
 
 
 def _ready(params: Any, *, cfg: ModelConfig, shares: int | None) -> Any:
-    made = _unstacked({name: params[name] for name in ("layers", "head") if name in params}, cfg=cfg, shares=shares)
+    """For products with few rows matrices are in the compute dtype, but on a CPU that has no bfloat16 products, which
+    take several times as long there, in float32."""
+    dtype = numerics(cfg.compute_dtype).dtype if shares is None or have_bfloat16() else "float32"
+    own = {name: params[name] for name in ("layers", "head", "embed") if name in params}
+    made = _unstacked(own, cfg=cfg, shares=shares, dtype=dtype)
     return {**{name: part for name, part in params.items() if name != "encoder"}, **made}
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "shares"))
-def _unstacked(params: Any, *, cfg: ModelConfig, shares: int | None) -> Any:
+@functools.partial(jax.jit, static_argnames=("cfg", "shares", "dtype"))
+def _unstacked(params: Any, *, cfg: ModelConfig, shares: int | None, dtype: str) -> Any:
     specs = {**layer_specs(cfg), **(cross_specs(cfg) if cfg.has_encoder else {})}
 
+    def turned(w: Array, inputs: int) -> Any:
+        w = w.astype(numerics(cfg.compute_dtype).dtype).astype(dtype)
+        return w if shares is None else Turned.of(w, inputs=inputs, shares=shares)
+
     def laid_out(spec: ParamSpec, w: Array) -> Any:
-        return _turned(w, spec.inputs, cfg, shares) if spec.inputs and w.ndim > 1 else w
+        return turned(w, spec.inputs) if spec.inputs and w.ndim > 1 else w
 
     def layer(index: int) -> Any:
         own = jax.tree.map(lambda w: w[index], params["layers"])
@@ -308,13 +319,11 @@ def _unstacked(params: Any, *, cfg: ModelConfig, shares: int | None) -> Any:
         return made
 
     found = {"layers": tuple(layer(index) for index in range(cfg.num_layers))}
-    head = params.get("head")
-    if head and "kernel" in head:
-        head = {**head, "kernel": _turned(head["kernel"], 1, cfg, shares)}
+    head = params.get("head", {})
+    if "kernel" in head:
+        head = {**head, "kernel": turned(head["kernel"], 1)}
+    elif shares is not None and params["embed"]["tokens"].dtype != dtype:  # else `with_head` takes it as it lies
+        kernel = turned(params["embed"]["tokens"].T, 1)
+        if len(kernel.w_CnK) > 1:
+            head = {**head, "kernel": kernel}
     return found | ({"head": head} if head else {})
-
-
-def _turned(w: Array, inputs: int, cfg: ModelConfig, shares: int | None) -> Any:
-    """In the compute dtype, but on a CPU in float32: its bfloat16 product of a single row takes seven times as long."""
-    w = w.astype(numerics(cfg.compute_dtype).dtype)
-    return w if shares is None else Turned.of(w.astype(jnp.float32), inputs=inputs, shares=shares)

@@ -61,6 +61,30 @@ def test_greedy_with_cache_equals_whole_passes(tree, cfg):
         np.testing.assert_array_equal(got, by_whole_passes(tree, cfg, prompt, 12))
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("instructions", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_bfloat16_step_by_step_gives_the_logits_of_a_whole_pass(tree, cfg, monkeypatch, rows, instructions, tied):
+    """Within bfloat16's rounding, far below the logits: with its products in the processor and without."""
+    monkeypatch.setattr(decoding, "have_bfloat16", lambda: instructions)
+    monkeypatch.setattr("lm.nn.matmul.LEAST_SHARED", 1)  # small matrices are shared out, too
+    cfg = dataclasses.replace(cfg, compute_dtype="bfloat16", tie_embeddings=tied)
+    tree = params.initialize(language_model.model_specs(cfg), jax.random.key(1))
+    ids = np.array([PROMPTS[2]] * rows)
+    whole_BTV = np.asarray(jax.jit(lambda ids: language_model.apply(tree, ids, cfg=cfg))(ids), np.float32)
+    ready = decoding._ready(tree, cfg=cfg, shares=2)
+    stored = {leaf.dtype.name for leaf in jax.tree.leaves(ready["layers"]) if leaf.ndim > 2}
+    assert stored == ({"bfloat16"} if instructions else {"float32"})
+    ready = decoding.with_head(ready, cfg, greedy=True)
+    begun = decoding.begin(tree, cfg, list(ids), Sizes(rows, 16, 16, 0))
+    logits_BV, cache = jax.jit(functools.partial(decoding.step, cfg=cfg))(
+        ready, begun.token_B, begun.position_B, begun.cache, None
+    )
+    logits_BV, wanted_BV = logits_BV[:, : cfg.vocab_size], whole_BTV[:, -1, : cfg.vocab_size]
+    np.testing.assert_allclose(logits_BV, wanted_BV, atol=0.03 * np.abs(wanted_BV).max())
+    assert cache.keys[0].dtype == "float32"
+
+
 def test_learned_positions_too(cfg):
     cfg = dataclasses.replace(cfg, positions="learned", max_positions=40)
     tree = params.initialize(language_model.model_specs(cfg), jax.random.key(1))

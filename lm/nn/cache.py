@@ -73,7 +73,7 @@ class KeyValueCache(NamedTuple):
         self, layer: int, k_BTKH: Array, v_BTKH: Array, mask: AttentionMask
     ) -> tuple[KeyValueCache, Array, Array, AttentionMask]:
         """Writes the keys and values of T tokens at one layer: the cache, all keys and values that the tokens see,
-        each [B, S, K, H], and the mask for these.
+        each [B, S, K, H] in the cache's dtype, and the mask for these.
 
         `mark` is called before, `advance` after all layers, once a step.
         """
@@ -87,8 +87,7 @@ class KeyValueCache(NamedTuple):
             return written, k_BTKH, v_BTKH, mask
         if (slots := k.shape[2]) in self.rings:  # all in it is in the window, and before the query or the query's own
             mask = AttentionMask(False, mask.query_segments_BT, self.rings[slots])
-        k_BSKH, v_BSKH = (x.transpose(0, 2, 1, 3).astype(k_BTKH.dtype) for x in (k, v))
-        return written, k_BSKH, v_BSKH, mask
+        return written, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), mask
 
     def advance(self, tokens: int) -> KeyValueCache:
         """Counts the tokens just written."""

@@ -18,6 +18,7 @@ from lm.nn.attention import Attend, AttentionMask
 from lm.nn.cache import KeyValueCache
 from lm.nn.layers import Constrain, Dropout, RotaryTable, rotary
 from lm.nn.matmul import Numerics, project
+from lm.nn.matmul import numerics as exactly
 from lm.nn.norms import norm_specs, rms_norm
 from lm.nn.params import ParamSpec
 
@@ -110,6 +111,7 @@ def self_attention(
     if cache is not None:
         assert isinstance(layer, int), "a stack with a cache runs unrolled"
         cache, k_BSKH, v_BSKH, mask = cache.see(layer, k_BTKH, v_BTKH, mask)
+    wider = k_BSKH.dtype != k_BTKH.dtype  # as the cache holds it: to make it narrow would take longer than the products
     o_BTNH = attend(
         q_BTNH,
         k_BSKH,
@@ -117,7 +119,7 @@ def self_attention(
         mask,
         scale=scale,
         softcap=softcap,
-        numerics=numerics,
+        numerics=exactly(k_BSKH.dtype.name) if wider else numerics,
         dropout=dropout,
         bias_NTS=bias_NTS,
     )
