@@ -58,8 +58,7 @@ def _rms_forward(x: Array, scale: Array, epsilon: float, offset: bool) -> tuple[
 def _rms_backward(epsilon: float, offset: bool, saved: tuple[Array, Array, Array], g: Array) -> tuple[Array, Array]:
     """Of y = gain · h with h = x · shrink: dx = shrink (gain g - h mean(gain g h))."""
     x, scale, shrink = saved
-    g = g.astype(jnp.float32)
-    h = late(x, g).astype(jnp.float32) * shrink
+    h, g = late(x, g).astype(jnp.float32) * shrink, g.astype(jnp.float32)
     dh = g * _gain(scale, x.ndim, offset)
     dx = shrink * (dh - h * jnp.mean(dh * h, axis=-1, keepdims=True))
     return dx.astype(x.dtype), _over_rows(g * h).astype(scale.dtype)
@@ -87,8 +86,7 @@ def _layer_forward(x: Array, scale: Array, bias: Array | None, epsilon: float) -
 def _layer_backward(epsilon: float, saved: tuple, g: Array) -> tuple[Array, Array, Array | None]:
     """Of y = scale · h + bias with h = (x - mean) · shrink: dh = scale g, dx = shrink (dh - mean dh - h mean(dh h))."""
     x, scale, bias, mean, shrink = saved
-    g = g.astype(jnp.float32)
-    h = (late(x, g).astype(jnp.float32) - mean) * shrink
+    h, g = (late(x, g).astype(jnp.float32) - mean) * shrink, g.astype(jnp.float32)
     dh = g * _gain(scale, x.ndim, False)
     dx = shrink * (dh - jnp.mean(dh, axis=-1, keepdims=True) - h * jnp.mean(dh * h, axis=-1, keepdims=True))
     dbias = None if bias is None else _over_rows(g).astype(bias.dtype)
