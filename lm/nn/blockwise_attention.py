@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from lm.nn.attention import AttentionMask
-from lm.nn.late import late
 from lm.nn.layers import Dropout
 from lm.nn.matmul import Numerics, product
 
@@ -181,9 +180,7 @@ def _backward(form: _Form, saved: tuple, do: Array) -> tuple[Array, Array, Array
         found = _if_seen(places, seen, lambda: step(i, j), nothing)
         return tuple(total.at[at].add(x) for total, at, x in zip(sums, (i, j, j), found, strict=True)), None
 
-    some = meet[:1, :, :, :1, None]
-    nothing = late(jnp.zeros_like(some), some)
-    sums = tuple(jnp.broadcast_to(nothing, x.shape) for x in (q, k, v))
+    sums = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
     sums, _ = lax.scan(one, sums, _scanned(form, places))
     dq, dk, dv = (total.astype(x.dtype) for total, x in zip(sums, (q, k, v), strict=True))
     return dq, dk, dv, None

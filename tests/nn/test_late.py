@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.nn import activations, attention, blockwise_attention, norms
+from lm.nn import activations, attention, norms
 from lm.nn.attention import AttentionMask
 from lm.nn.late import late
 from lm.nn.matmul import numerics, project
@@ -27,19 +25,18 @@ def test_it_is_x():
         np.testing.assert_array_equal(found, given)
 
 
-def attended(attend, x):
+def attended(x):
     """One head as wide as x, of 512 positions a row."""
     q = x.reshape(-1, 512, 1, x.shape[-1])
     form = {"scale": 0.1, "softcap": None, "numerics": BFLOAT16, "dropout": None}
-    return attend(q, q, q, AttentionMask(True), **form).reshape(x.shape)
+    return attention.attend(q, q, q, AttentionMask(True), **form).reshape(x.shape)
 
 
 BLOCKS = {
     "gelu": (activations, activations.gelu),
     "rms": (norms, lambda x: norms.rms_norm(x, jnp.ones(x.shape[-1]), epsilon=1e-5, offset=False)),
     "layer": (norms, lambda x: norms.layer_norm(x, jnp.ones(x.shape[-1]), None, epsilon=1e-5)),
-    "reference": (attention, functools.partial(attended, attention.attend)),
-    "blockwise": (blockwise_attention, functools.partial(attended, blockwise_attention.attend_blockwise)),
+    "attention": (attention, attended),
 }
 
 
