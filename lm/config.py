@@ -129,10 +129,10 @@ class ModelConfig:
     """Vocabulary tables are padded up to a multiple of this; padded logits are -inf."""
     compute_dtype: Literal["float32", "bfloat16", "tensorfloat32"] = "float32"
     """Activations and operands of matrix products. Sums, parameters, norms, softmax and loss stay in float32."""
-    attention: Literal["auto", "reference", "prefix", "blockwise", "cudnn", "splash"] = "auto"
-    """What computes attention. reference: all scores at once. prefix: those that causality leaves. blockwise: a block
-    at a time, for long rows. cudnn and splash: fused kernels of NVIDIA GPUs and TPUs. auto picks by device, context and
-    model, and the log says which."""
+    attention: Literal["auto", "reference", "prefix", "shifted", "blockwise", "cudnn", "splash"] = "auto"
+    """What computes attention. reference: all scores at once. prefix: those that causality leaves. shifted: the same
+    without their maxima, for scoring. blockwise: a block at a time, for long rows. cudnn and splash: fused kernels of
+    NVIDIA GPUs and TPUs. auto picks by device, context and model, and the log says which."""
     scan_layers: bool = False
     """Run the stack by lax.scan (constant compile time) instead of unrolled (faster on CPU)."""
     remat: bool = False

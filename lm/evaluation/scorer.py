@@ -32,12 +32,15 @@ from lm.sharded_attention import attend_on
 
 LOGITS = 2**22
 """Logits that a device holds at once, in float32: 16 MB stay in or near its caches."""
+CPU_LOGITS = 2**17
+"""The same of a core of a CPU. Small slices also end near the last scored target: where windows overlap, many of a row
+aren't."""
 TARGETS = 256
 """Targets a device computes at once at the least, so that their product with the head is a big one."""
-AT_ONCE = 2
+AT_ONCE = 3
 """Batches that a CPU computes at once, each from a thread of its own: XLA runs what one thread asks for one by one, and
-the threads of its operations, which are small, mostly wait for each other. 1.3 times as many tokens of a model of
-260,000 parameters, 1.1 of GPT-2's smallest, on two cores."""
+the threads of its operations, which are small, mostly wait for each other. On two cores, two give 1.3 times as many
+tokens of a model of 260,000 parameters and 1.1 of GPT-2's smallest; a third is ready when one of them ends."""
 CPU_TOKENS = 512
 """Tokens that a CPU takes at once: a batch whose activations leave its caches takes two to four times as long."""
 
@@ -68,9 +71,11 @@ def score(
     def begin(each: Packed) -> Callable[[], tuple[np.ndarray, ...]]:
         """Starts a batch, and gives what waits for its numbers."""
         R, W = each.columns_RW.shape
-        size = slice_size(R // batch_shards(mesh), W, cfg.padded_vocabulary)
+        size = slice_size(R // batch_shards(mesh), W, cfg.padded_vocabulary, mesh)
         mine = own_rows(mesh, R)
-        batch, columns_RW = put_rows(mesh, jax.tree.map(lambda x: x[mine], (each.batch, each.columns_RW)))
+        batch, columns_RW = jax.tree.map(lambda x: x[mine], (each.batch, each.columns_RW))
+        if not alone:
+            batch, columns_RW = put_rows(mesh, (batch, columns_RW))
         slices = np.int32(-(-each.scored // size))
         run = _compiled(cfg, mesh, rules, size, greedy)
         shapes = tuple(x.shape for x in jax.tree.leaves(batch))
@@ -83,18 +88,23 @@ def score(
     def whole(each: Packed) -> tuple[np.ndarray, ...]:
         return begin(each)()
 
-    with ThreadPoolExecutor(AT_ONCE) as threads:
-        waiting: deque[tuple[list[Piece], Callable[[], tuple[np.ndarray, ...]]]] = deque()
-        for each in packed:
-            if alone:
-                waiting.append((each.pieces, threads.submit(whole, each).result))
-            else:  # the device has the next in its queue, and all processes theirs in the same order
-                waiting.append((each.pieces, begin(each)))
-            if len(waiting) > (AT_ONCE if alone else 1):
-                pieces, numbers = waiting.popleft()
-                yield pieces, numbers()
-        for pieces, numbers in waiting:
+    waiting: deque[tuple[list[Piece], Callable[[], tuple[np.ndarray, ...]]]] = deque()
+    for each in packed:
+        if alone:
+            waiting.append((each.pieces, _threads().submit(whole, each).result))
+        else:  # the device has the next in its queue, and all processes theirs in the same order
+            waiting.append((each.pieces, begin(each)))
+        if len(waiting) > (AT_ONCE if alone else 1):
+            pieces, numbers = waiting.popleft()
             yield pieces, numbers()
+    for pieces, numbers in waiting:
+        yield pieces, numbers()
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    """The same for every evaluation: memory that new ones freed would stay with them, up to 300 MB after twenty."""
+    return ThreadPoolExecutor(AT_ONCE)
 
 
 def rows_at_once(batch_size: int, length: int, mesh: Mesh) -> int:
@@ -105,9 +115,10 @@ def rows_at_once(batch_size: int, length: int, mesh: Mesh) -> int:
     return -(-batch_size // shards) * shards
 
 
-def slice_size(rows: int, length: int, vocabulary_rows: int) -> int:
+def slice_size(rows: int, length: int, vocabulary_rows: int, mesh: Mesh) -> int:
     """Scored targets of each of a device's rows whose logits are computed at once."""
-    return min(max(max(LOGITS // vocabulary_rows, TARGETS) // rows, 1), length)
+    logits = CPU_LOGITS if mesh.devices.flat[0].platform == "cpu" else LOGITS
+    return min(max(max(logits // vocabulary_rows, TARGETS) // rows, 1), length)
 
 
 def _layers_apart(params: Any, cfg: ModelConfig) -> Any:

@@ -1,8 +1,8 @@
 """The attention back ends by name, what each can't do, and which one `model.attention` auto picks.
 
-reference is exact in every respect and keeps all scores; prefix leaves out those that causality masks; blockwise never
-holds them whole; cudnn and splash are fused kernels of one kind of accelerator. All compute `lm.nn.attention.attend`,
-or are refused before anything compiles.
+reference is exact in every respect and keeps all scores; prefix leaves out those that causality masks; shifted, for
+scoring, needs no pass for their maxima; blockwise never holds them whole; cudnn and splash are fused kernels of one
+kind of accelerator. All compute `lm.nn.attention.attend`, or are refused before anything compiles.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from lm.nn.attention import Attend, attend
 from lm.nn.blockwise_attention import attend_blockwise
 from lm.nn.fused_attention import attend_cudnn
 from lm.nn.prefix_attention import attend_prefix
+from lm.nn.shifted_attention import attend_shifted
 from lm.nn.splash_attention import attend_splash
 
 BACKENDS: Mapping[str, Attend] = {
     "reference": attend,
     "prefix": attend_prefix,
+    "shifted": attend_shifted,
     "blockwise": attend_blockwise,
     "cudnn": attend_cudnn,
     "splash": attend_splash,
@@ -29,6 +31,9 @@ LONG = 256
 LONGEST_PREFIX = {"float32": 2048, "tensorfloat32": 2048, "bfloat16": 1024}
 """Tokens up to which a CPU keeps all probabilities that causality leaves, by `model.compute_dtype`: to make them again
 costs a product, and they are T² / 2 numbers a head."""
+NARROW = 32
+"""Head width up to which exponentials are what attention on CPUs takes longest for. At 8 to 32 and 511 tokens shifted
+takes 0.7 to 0.9 of prefix's time; it compiles twice as long."""
 LONG_ON_ACCELERATORS = 2048
 """The same where memory is fast: from here on the scores of a row, T² of float32 a head, are what fills it."""
 LONGEST_DENSE = 16384
@@ -90,6 +95,8 @@ def choose(cfg: ModelConfig, site: Site) -> Choice:
     if longest < long:
         return Choice("reference", f"{excuse}, fewer than the {long} from which blocks pay on a {site.platform}")
     if site.platform == "cpu" and longest <= LONGEST_PREFIX[cfg.compute_dtype]:
+        if not site.training and cfg.head_width <= NARROW and cfg.attention_softcap is None:
+            return Choice("shifted", f"{excuse}, heads of {cfg.head_width}, no gradients: blocks of keys on their own")
         return Choice("prefix", f"{excuse}: blocks of queries, each against the keys before its end")
     return Choice("blockwise", f"{excuse}: the scores of a block at a time, not {longest} x {longest}")
 
@@ -103,7 +110,7 @@ def refusal(name: str, cfg: ModelConfig, *, dropout: bool) -> str | None:
         return f"model.positions 'relative' adds to scores, which it never holds whole: {others}"
     if dropout:
         return f"model.dropout {cfg.dropout} falls on attention probabilities too, which it doesn't hold: {others}"
-    if name in ("blockwise", "prefix"):
+    if name in ("blockwise", "prefix", "shifted"):
         return None
     if cfg.compute_dtype != "bfloat16":
         return f"its products are in bfloat16 and model.compute_dtype is {cfg.compute_dtype!r}: set that, or {others}"

@@ -25,6 +25,15 @@ PICKED = [
     ({}, LONG_CPU, "blockwise", "8192 x 8192"),
     ({}, LONG_CPU._replace(length=512), "prefix", "512 tokens: blocks of queries"),
     ({"compute_dtype": "float32"}, LONG_CPU._replace(length=2048), "prefix", "2048 tokens: blocks of queries"),
+    ({"head_dim": 32}, LONG_CPU._replace(length=512, training=False), "shifted", "heads of 32, no gradients"),
+    ({"head_dim": 33}, LONG_CPU._replace(length=512, training=False), "prefix", "512 tokens"),
+    ({"head_dim": 32}, LONG_CPU._replace(length=512), "prefix", "512 tokens"),
+    (
+        {"head_dim": 32, "attention_softcap": 50.0},
+        LONG_CPU._replace(length=512, training=False),
+        "prefix",
+        "512 tokens",
+    ),
     ({}, LONG_CPU._replace(length=2048), "blockwise", "2048 x 2048"),
     ({"dropout": 0.1}, LONG_CPU._replace(dropout=True), "reference", "dropout"),
     ({"dropout": 0.1}, LONG_CPU, "blockwise", "8192"),  # no dropout: an evaluation
