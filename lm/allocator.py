@@ -17,6 +17,7 @@ _ACCELERATORS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/accel0", "/
 
 
 _said: str | None = None  # of the process, as malloc is
+_inline = False
 
 
 def note() -> str | None:
@@ -53,10 +54,17 @@ def compute_inline() -> None:
 
     To be called before JAX has looked for devices.
     """
+    global _inline
     if _said is not None and _one_device(os.environ):
         import jax  # not before it is wanted: the first half of a second of a command
 
         jax.config.update("jax_cpu_enable_async_dispatch", False)
+        _inline = True
+
+
+def computes_inline() -> bool:
+    """Whether `compute_inline` was called and has an effect: what JAX's CPU is asked for is computed on return."""
+    return _inline
 
 
 def give_back() -> None:

@@ -45,17 +45,19 @@ def main(command: Callable[[Sequence[str]], Any]) -> None:
         if error.errno != errno.ENOSPC:
             _crash(error)
             raise
-        place = f" for {error.filename}" if error.filename else ""
-        _fail(f"no space is left on the disk{place}: make room, and give the command again")
+        _fail(_NO_SPACE.format(f" for {error.filename}" if error.filename else ""))
     except KeyboardInterrupt:
         _fail_all("interrupted", 130)
         print("interrupted", file=sys.stderr, flush=True)
         os._exit(130)  # at once: XLA's threads may be at work, and crash while the interpreter is taken down
     except Exception as error:
+        if os.strerror(errno.ENOSPC) in str(error):  # a library's own error, of what the system told it
+            _fail(_NO_SPACE.format(""))
         _crash(error)
         raise
 
 
+_NO_SPACE = "no space is left on the disk{}: make room, and give the command again"
 STOPPED = (130, 143)
 """Exit statuses of a run that Ctrl-C or SIGTERM has stopped in good order, on all processes."""
 

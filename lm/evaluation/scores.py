@@ -84,8 +84,9 @@ class Scores:
 
 
 def ratio_standard_error(values_D: np.ndarray, sizes_D: np.ndarray) -> float | None:
-    """Standard error of Σ values / Σ sizes over documents: the ratio estimator (Cochran 1977, section 2.11)."""
-    documents = len(values_D)
+    """Standard error of Σ values / Σ sizes over the documents that have a size: the ratio estimator (Cochran 1977,
+    section 2.11). None for fewer than two."""
+    documents = np.count_nonzero(sizes_D)
     if documents < 2 or not np.isfinite(values_D).all():
         return None
     residual_D = values_D - values_D.sum() / sizes_D.sum() * sizes_D

@@ -117,7 +117,7 @@ def save(
     contents: dict[str, dict[str, Any]] = {huggingface_tokenizer.GENERATION: {"_from_model_config": True, **ids}}
     if run.tokenizer is not None:
         files.append(huggingface_tokenizer.save(run.tokenizer, folder, model))
-        contents[huggingface_tokenizer.CONFIG] = huggingface_tokenizer.describe(run.tokenizer, model)
+        contents[huggingface_tokenizer.CONFIG] = huggingface_tokenizer.describe(run.tokenizer, model, chosen.model_type)
     no_ids = {"bos_token_id": None, "eos_token_id": None}  # else they would be those that the family is known for
     contents[huggingface_config.NAME] = {**fields, **no_ids, **ids, "torch_dtype": dtype}
     for name, content in contents.items():  # config.json last: without it the folder is no model

@@ -153,6 +153,10 @@ def _gemma(f: Fields, *, period: int, by_layer_type: bool) -> ModelConfig:
 
 
 def _gemma3(f: Fields) -> ModelConfig:
+    if (cap := f.maybe("attn_logit_softcapping", float)) is not None:
+        raise f.refuse(
+            "attn_logit_softcapping", cap, "is in no model of this architecture, and transformers ignores it"
+        )
     cfg = _gemma(f, period=f.get("sliding_window_pattern", int), by_layer_type=True)
     return dataclasses.replace(cfg, qk_norm=True)
 
@@ -172,12 +176,16 @@ def _to_qwen(cfg: ModelConfig) -> dict[str, Any]:
     return {**_to_llama(cfg), **types, **used}
 
 
-def _to_gemma(cfg: ModelConfig, *, by_layer_type: bool) -> dict[str, Any]:
+def _to_gemma(cfg: ModelConfig, *, by_layer_type: bool, capped: bool) -> dict[str, Any]:
+    """`capped`: whether the family has caps on attention's scores; without, the comparison finds out."""
+    types = _layer_types(cfg)
+    if types["sliding_window"] is None:  # transformers wants a number even where no layer has a window
+        types["sliding_window"] = _GEMMA2["sliding_window"]
     return {
         **_to_llama(cfg, activation="hidden_activation", by_layer_type=by_layer_type),
-        **_layer_types(cfg),
+        **types,
         "query_pre_attn_scalar": round(cfg.score_scale**-2),
-        "attn_logit_softcapping": cfg.attention_softcap,
+        "attn_logit_softcapping": cfg.attention_softcap if capped else None,
         "final_logit_softcapping": cfg.logit_softcap,
     }
 
@@ -259,7 +267,7 @@ FAMILIES = {
             "Gemma2ForCausalLM",
             _GEMMA2,
             lambda f: _gemma(f, period=2, by_layer_type=False),
-            lambda cfg: _to_gemma(cfg, by_layer_type=False),
+            lambda cfg: _to_gemma(cfg, by_layer_type=False, capped=True),
             harmless=("hidden_act",),
         ),
         Family(
@@ -267,7 +275,7 @@ FAMILIES = {
             "Gemma3ForCausalLM",
             _GEMMA3,
             _gemma3,
-            lambda cfg: _to_gemma(cfg, by_layer_type=True),
+            lambda cfg: _to_gemma(cfg, by_layer_type=True, capped=False),
             harmless=("hidden_act", "_sliding_window_pattern"),
         ),
         Family(

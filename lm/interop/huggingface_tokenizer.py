@@ -36,7 +36,7 @@ def load(folder: Path, config: Mapping[str, Any], vocabulary: int) -> Tokenizer 
     if tokenizer.vocab_size > vocabulary and (surplus := _surplus(tokenizer, vocabulary)):
         raise InputError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model embeds {vocabulary}: "
-            f"it is another model's (tokens without a row: {listed(surplus)})"
+            f"it is another model's, or vocab_size is wrong (tokens without a row: {listed(surplus)})"
         )
     if not isinstance(tokenizer, FileTokenizer | SentencePieceTokenizer):
         return tokenizer
@@ -98,7 +98,7 @@ def save(tokenizer: Tokenizer, folder: Path, model: ModelConfig) -> Path:
     return target
 
 
-def describe(tokenizer: Tokenizer, model: ModelConfig) -> dict[str, Any]:
+def describe(tokenizer: Tokenizer, model: ModelConfig, model_type: str) -> dict[str, Any]:
     """tokenizer_config.json: with it AutoTokenizer opens the file as it is."""
     fields: dict[str, Any] = {"model_max_length": model.position_rows, "clean_up_tokenization_spaces": False}
     if isinstance(tokenizer, SentencePieceTokenizer):
@@ -113,6 +113,12 @@ def describe(tokenizer: Tokenizer, model: ModelConfig) -> dict[str, Any]:
         return {**own, **fields}
     fields = {"tokenizer_class": "PreTrainedTokenizerFast", **fields}
     described = json.loads(tokenizer.content)
+    if model_type == "qwen2" and (described.get("normalizer") or {}).get("type") != "NFC":
+        warnings.warn(
+            f"{tokenizer.file_name} is exported as it is, but transformers opens that of a qwen2 folder with Qwen's "
+            "own normalisation and pre-tokenisation, whatever it says: ids of some texts differ",
+            stacklevel=2,
+        )
     names = {token["id"]: token["content"] for token in described["added_tokens"]}
     for role in ("bos", "eos", "pad"):
         number = getattr(tokenizer, role)

@@ -21,11 +21,11 @@ from lm.nn.prefix_attention import BLOCK, attend_prefix
 
 Array = jax.Array
 _Segments = tuple[Array | None, Array | None]
-BELOW = 70
-"""A query's exponential of its own key is 2^-70: what is up to 2^56 times smaller is kept, and there is room for what
-is 2^160 times greater."""
-MOST = 2.0**90
-"""Of a query's sum of exponentials: float32 ends at 2^128, and they are multiplied by values."""
+BELOW = 50
+"""A query's exponential of its own key is 2^-50: there is room for one that is 2^145 times greater, and for values of
+1e-15 before products with it vanish."""
+MOST = 2.0**95
+"""Of a query's sum of exponentials: float32 ends at 2^128, and they are multiplied by values, which may be 2^33."""
 
 
 def attend_shifted(
@@ -63,7 +63,7 @@ def attend_shifted(
         sums_BNTV = _sums(q, k, v, with_segments(segments), scale=scale, numerics=numerics)
         o_BNTH = (sums_BNTV[..., :-1] / sums_BNTV[..., -1:]).astype(q.dtype)
         return lax.cond(
-            jnp.max(sums_BNTV[..., -1]) < MOST,  # False if there is NaN among them
+            jnp.max(sums_BNTV[..., -1]) < MOST,  # NaN makes exponentials of 2^127
             lambda o, *_: heads_first(o, numerics, queries=T),
             lambda _, q, k, v, segments: prefix(q, k, v, with_segments(segments)),
             *(o_BNTH, q, k, v, segments),
@@ -118,12 +118,14 @@ def _sums(
 
 
 def _exp2_below(x: Array) -> Array:
-    """2^(x - BELOW), float32, to 3e-7 of it; x is clipped to where that is a normal number. Half the time of XLA's.
+    """2^(x - BELOW), float32, to 3e-7 of it; x is clipped to where that is a normal number, NaN to the greatest. Half
+    the time of XLA's.
 
     x is a whole number, which its sum with 1.5 · 2^23 has in its lowest bits, and a rest f of at most 1/2. Of 2^f this
     is the polynomial of the fifth degree that has the least greatest relative error, 8e-8.
     """
-    x = jnp.clip(x, BELOW - 126.0, BELOW + 127.0)
+    greatest = BELOW + 127.0
+    x = jnp.where(x < greatest, jnp.maximum(x, BELOW - 126.0), greatest)
     rounded = lax.bitcast_convert_type(x + 1.5 * 2.0**23, jnp.int32)
     f = x - (rounded - _ROUNDED_ZERO).astype(jnp.float32)
     c = [2.0**-BELOW * c for c in (1.0, 6.9314697e-1, 2.4022120e-1, 5.5507133e-2, 9.6755413e-3, 1.3276471e-3)]

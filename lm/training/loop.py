@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lm import allocator
 from lm.config import InputError, RunConfig
 from lm.data.pipeline import Batch
 from lm.evaluation.perplexity import Scores
@@ -72,6 +73,7 @@ def train(
     """
     clock = Clock(seconds)
     log = _Log(cfg, hands.write, tokens_per_step, flops_per_token, peak_flops)
+    inline = allocator.computes_inline() and jax.default_backend() == "cpu"
     best_by = criterion(cfg.evaluation)
     saved: int | None = step if step else None
     metrics: dict[str, float] = {}
@@ -84,6 +86,8 @@ def train(
         state, sums = hands.step(state, batch, progress)
         step += 1
         log.hold(step, sums, clock)
+        if inline:
+            log.flush(clock)  # it has ended: later, the next step's time would be taken for its own
         metrics = {}
         if _due(step, cfg.evaluation.every_steps):
             log.flush(clock)

@@ -267,6 +267,9 @@ def test_standard_error_is_the_ratio_estimator():
     wanted = math.sqrt(3 * (residual @ residual) / 2) / 19
     np.testing.assert_allclose(ratio_standard_error(nats, tokens), wanted)
     assert ratio_standard_error(nats[:1], tokens[:1]) is None
+    nothing = (np.array([0.0, 10.0]), np.array([0, 5]))  # a document without a scored token says nothing of the spread
+    assert ratio_standard_error(*nothing) is None
+    np.testing.assert_allclose(ratio_standard_error(np.append(nats, 0.0), np.append(tokens, 0)), wanted)
 
 
 def test_standard_error_covers_the_truth():

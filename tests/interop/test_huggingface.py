@@ -136,7 +136,9 @@ def test_tokens_without_a_row(folder):
         run = lm.load(folder.path)
     assert (run.tokenizer.bos, run.tokenizer.eos) == (None, ord("Q"))
     arrays |= {name: arrays[name][:200] for name in ("model.embed_tokens.weight", "lm_head.weight")}
-    with pytest.raises(InputError, match="has 258 tokens, the model embeds 200: it is another model's"):
+    with pytest.raises(
+        InputError, match="has 258 tokens, the model embeds 200: it is another model's, or vocab_size is wrong"
+    ):
         lm.load(folder.config(vocab_size=200).weights(**arrays).path)
 
 

@@ -82,6 +82,7 @@ REFUSED = {
         "partial_rotary_factor 0.5",
     ),
     "flat gemma3": ({"model_type": "gemma3_text", "rope_parameters": {"rope_theta": 1e4}}, "rope_parameters"),
+    "cap of gemma3": ({"model_type": "gemma3_text", "attn_logit_softcapping": 2.0}, "attn_logit_softcapping 2.0"),
     "bidirectional": (
         {"model_type": "gemma2", "use_bidirectional_attention": True},
         "use_bidirectional_attention True",
@@ -166,6 +167,22 @@ def test_a_llama_with_a_change(change, family):
     with pytest.raises(InputError) as raised:
         write(cfg)
     assert any(f"model.{name}" in str(raised.value) for name in change)
+
+
+def test_gemma_without_windows_and_its_caps():
+    gemma = {
+        **{"activation": "geglu", "norm_position": "both", "norm_offset": True, "embedding_scale": True},
+        **{"tie_embeddings": True, "rotary_factor": 1.0, "rotary_scaling": "linear"},
+    }
+    cfg = dataclasses.replace(resolved(SHAPES["llama"]), **gemma)
+    for qk_norm, family in ((False, "gemma2"), (True, "gemma3_text")):
+        found, fields = write(dataclasses.replace(cfg, qk_norm=qk_norm))
+        assert found.model_type == family
+        assert fields["sliding_window"] == 4096 and set(fields["layer_types"]) == {"full_attention"}
+    capped = dataclasses.replace(cfg, attention_softcap=1.0)
+    assert write(capped)[1]["attn_logit_softcapping"] == 1.0
+    with pytest.raises(InputError, match="gemma3_text doesn't have this model: it differs in model.attention_softcap"):
+        write(dataclasses.replace(capped, qk_norm=True), "gemma3_text")
 
 
 def test_a_family_by_name():

@@ -148,6 +148,19 @@ def test_every_field_matters(pair):
         assert difference(our_logits(without, tokens_BT), expected) > CLEARLY, part
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
+def test_gemma_without_windows(name, tmp_path):
+    """transformers wants a window in its config even where no layer has one."""
+    cfg = huggingface_config.read(FAMILIES[name].config, "here")[1]
+    cfg = dataclasses.replace(cfg, window=None, rotary_base=10_000.0, rotary_factor=1.0)
+    params = declare.initialize(language_model.model_specs(cfg), jax.random.key(0))
+    run = Loaded(RunConfig(model=cfg), params, None, None, tmp_path)
+    huggingface.save(run, tmp_path / "out", family=name)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    tokens_BT = some_ids(cfg, 2, LENGTH)
+    assert difference(their_logits(theirs, tokens_BT), our_logits(run, tokens_BT)) < TOLERANCE
+
+
 def test_greedy_tokens_of_an_exported_model(tmp_path):
     """Through generate on both sides, for the family with the most kinds of layers."""
     from lm.sampling import Sampling
@@ -188,3 +201,16 @@ def test_auto_tokenizer_has_our_ids(tmp_path):
         assert len(theirs) == tokenizer.vocab_size
         model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / str(number))
         assert model.generation_config.eos_token_id == model.config.eos_token_id == tokenizer.eos
+
+
+def test_a_tokenizer_that_transformers_opens_otherwise_is_told(tmp_path):
+    """That of a Qwen 2 is Qwen's, whatever the file says."""
+    tokenizer = ByteTokenizer()
+    config = {**FAMILIES["qwen2-no-window"].config, "vocab_size": tokenizer.vocab_size}
+    model = huggingface_config.read(config, "here")[1]
+    params = jax.tree.map(np.asarray, declare.initialize(language_model.model_specs(model), jax.random.key(0)))
+    with pytest.warns(UserWarning, match="Qwen's own normalisation"):
+        huggingface.save(Loaded(RunConfig(model=model), params, tokenizer, None, tmp_path), tmp_path / "out")
+    text = "cafe\u0301"
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs(text)["input_ids"] != tokenizer.encode(text).tolist()

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from lm import checkpoint
+from lm import allocator, checkpoint
 from lm.checkpoint import CheckpointWriter
-from lm.config import EvaluationConfig, InputError, RunConfig, TrainingConfig
+from lm.config import EvaluationConfig, InputError, ObserveConfig, RunConfig, TrainingConfig
 from lm.evaluation.perplexity import Scores
 from lm.training import loop, transfers
 from lm.training.budget import Budget
@@ -136,6 +136,26 @@ def test_writing_texts_is_time_of_training_but_not_of_its_speed():
     )  # fmt: skip
     last = written[-1]
     assert last["step"] == 3 and last["seconds"] > 0.5 and last["train/tokens_per_second"] > 1000
+
+
+def test_speed_where_a_call_returns_once_it_is_computed(monkeypatch):
+    """The last step's time isn't taken for that of the one before."""
+    monkeypatch.setattr(allocator, "computes_inline", lambda: True)
+    cfg = RunConfig(training=TrainingConfig(steps=4), observe=ObserveConfig(every_steps=1))
+    written = []
+
+    def slow_step(state, batch, progress):
+        time.sleep(0.1)
+        return one_step(state, batch, progress)
+
+    hands = loop.Hands(slow_step, itertools.repeat(None), lambda params: {}, lambda *_: None, written.append)
+    loop.train(
+        TrainState(np.int32(0), {}, ()), 0, 0.0, math.inf, cfg=cfg, hands=hands, tokens_per_step=100,
+        budget=Budget.of(cfg.training, warmup_steps=0, tokens_per_step=100, rows_per_epoch=1), flops_per_token=1.0,
+        peak_flops=None, stop=StopRequest(),
+    )  # fmt: skip
+    assert [record["step"] for record in written] == [1, 2, 3, 4]
+    assert all(500 < record["train/tokens_per_second"] < 1001 for record in written), written
 
 
 @pytest.fixture
