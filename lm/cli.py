@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import gc
+import io
 import os
 import sys
 import traceback
@@ -27,6 +28,8 @@ def main(command: Callable[[Sequence[str]], Any]) -> None:
     Where the process is one of several, all of them end together: see `lm.processes.watch`.
     """
     warnings.showwarning = _warn  # type: ignore[assignment]
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a text that a terminal has no letters for isn't lost
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command(sys.argv[1:])
         _finish()

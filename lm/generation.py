@@ -5,6 +5,7 @@ sources. Drawn or greedy, or by a beam search; `lm.token_generation` does it on 
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -57,7 +58,7 @@ class TextModel(NamedTuple):
     def tokens(self, prompt: np.ndarray, max_tokens: int | None) -> int:
         """max_tokens, or of None what is usual, as far as there is room after the prompt."""
         if max_tokens is not None:
-            return max_tokens
+            return operator.index(max_tokens)
         left = room(self.cfg, 1 if self.cfg.has_encoder else len(prompt))
         return USUAL_TOKENS if left is None else max(min(USUAL_TOKENS, left), 1)
 

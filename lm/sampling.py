@@ -51,7 +51,7 @@ class Sampling(NamedTuple):
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"top_k is {self.top_k}: use 1 or more, or None")
         if self.top_p is not None and not 0 < _single(self.top_p) <= 1:
-            raise InputError(f"top_p is {self.top_p}: use a probability above 0 and up to 1, or None")
+            raise InputError(f"top_p is {self.top_p}: use a probability above 0 (in float32) and up to 1, or None")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise InputError(f"min_p is {self.min_p}: use a share from 0 to 1, or None")
         check_repetition_penalty(self.repetition_penalty)
@@ -85,7 +85,7 @@ class Sampling(NamedTuple):
 def check_repetition_penalty(value: float | None) -> None:
     """Raises InputError for one that is out of range."""
     if value is not None and not 0 < _single(value) < math.inf:
-        raise InputError(f"repetition_penalty is {value}: use a number above 0, or None")
+        raise InputError(f"repetition_penalty is {value}: use a number above 0, finite in float32, or None")
 
 
 def _single(value: float) -> float:

@@ -62,7 +62,7 @@ class Generate:
     seed: int | None = None
     """Seed of the draws. None: 0."""
     batch_size: int = 16
-    """Prompts at a time. Changes no text."""
+    """Prompts at a time. Changes no text but by rounding, in bfloat16."""
     dtype: Literal["float32", "bfloat16", "tensorfloat32"] = "float32"
     """What it computes in."""
     step: Literal["latest", "best"] | int = "latest"

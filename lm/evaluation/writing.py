@@ -100,7 +100,8 @@ def prompts_of(run: Loaded, sources: Sequence[str]) -> list[np.ndarray]:
     """The ids that the model is given for each source: an encoder's source with EOS; else BOS, source and separator.
 
     Where an encoder was trained on sources cut to a length, they are cut to it here too, and where its positions are
-    learned to these.
+    learned to these. A decoder-only model's are cut, before the separator, to the context it was trained with, unless
+    its positions are learned: then `check_room` says what is too long.
     """
     return _read(run, sources)[0]
 
@@ -109,8 +110,17 @@ def _read(run: Loaded, sources: Sequence[str]) -> tuple[list[np.ndarray], list[b
     """`prompts_of`, and which of the sources are cut."""
     config = run.config
     if not config.model.has_encoder:
-        prompts = [generation.prompt_ids(_tokenizer(run), source + config.data.pair_separator) for source in sources]
-        return prompts, [False] * len(prompts)
+        separator = config.data.pair_separator
+        prompts = [generation.prompt_ids(_tokenizer(run), source + separator) for source in sources]
+        longest = None if config.model.positions == "learned" else config.model.position_rows
+        if longest is None or max(map(len, prompts)) <= longest:
+            return prompts, [False] * len(prompts)
+        end = _tokenizer(run).encode(separator)
+        cut = [len(ids) > longest for ids in prompts]
+        return [
+            np.append(ids[: max(longest - len(end), 1)], end) if over else ids
+            for ids, over in zip(prompts, cut, strict=True)
+        ], cut
     reader = run.source_tokenizer or _tokenizer(run)
     whole = [generation.source_ids(reader, source) for source in sources]
     trained = config.data.source_length if run.step else None  # an imported model has been trained on nothing here

@@ -129,7 +129,7 @@ def _evaluate_task(start: Start, mesh: Mesh, workdir: Path, say: Say) -> Callabl
         if hosts.is_first():
             try:
                 with compilation.said("the task", say):
-                    scores = evaluator(loaded(start, on_mesh(params, mesh), Path()))
+                    scores = evaluator(_loaded(start, on_mesh(params, mesh), step))
             except InputError as error:  # memory that was there when the run was checked: no reason to lose it
                 say(f"step {step}  the task is left out: {error}")
             else:
@@ -140,9 +140,9 @@ def _evaluate_task(start: Start, mesh: Mesh, workdir: Path, say: Say) -> Callabl
     return evaluate
 
 
-def loaded(start: Start, params: Any, path: Path) -> Loaded:
+def _loaded(start: Start, params: Any, step: int) -> Loaded:
     """The model of a run that is under way."""
-    return Loaded(start.config, params, start.tokenizer, start.step, path, start.source_tokenizer)
+    return Loaded(start.config, params, start.tokenizer, step, Path(), start.source_tokenizer)
 
 
 def evaluator(start: Start, name: str, mesh: Mesh, *, in_loop: bool) -> Evaluator | PairEvaluator:

@@ -138,6 +138,32 @@ def test_memory_that_has_gone_meanwhile_costs_the_task_and_not_the_run(pairs, tm
     assert checkpoint.read_manifest(checkpoint.locate(tmp_path / "run", "best")).step == 12
 
 
+def test_a_run_goes_on_with_its_task_when_the_checkpoint_it_began_from_is_gone(pairs, tmp_path, monkeypatch, capsys):
+    """And the model that writes is of the step that it is at: a new run's cuts sources as a continued one's."""
+    real, steps = run.task_evaluator, []
+
+    def noting(*arguments, in_loop):
+        evaluator = real(*arguments, in_loop=in_loop)
+
+        def evaluate(loaded):
+            steps.append(loaded.step)
+            return evaluator(loaded)
+
+        return evaluate if in_loop else evaluator
+
+    monkeypatch.setattr(run, "task_evaluator", noting)
+    config = config_of(pairs)
+    often = dataclasses.replace(config.evaluation, task_every_steps=3, best="nats")
+    config = dataclasses.replace(
+        config, evaluation=often, checkpoint=dataclasses.replace(config.checkpoint, every_steps=3, keep=1)
+    )
+    for until in (6, 15):
+        lm.train(dataclasses.replace(config, training=dataclasses.replace(config.training, steps=until)), tmp_path)
+    assert 6 not in checkpoint.steps(tmp_path)
+    assert "left out" not in capsys.readouterr().out
+    assert steps == [3, 6, 9, 12, 15]
+
+
 def test_a_complete_run_keeps_it_and_another_way_of_writing_is_done_anew(trained, pairs, capsys):
     kept = (trained / "eval.json").read_bytes()
     lm.train(config_of(pairs), trained)

@@ -240,6 +240,16 @@ def test_a_decoder_only_model_goes_on_after_source_and_separator(run):
     assert prompt.tolist() == [run.tokenizer.first_id, *run.tokenizer.encode("ab => ")]
 
 
+def test_a_decoder_only_model_reads_the_beginning_of_a_source_beyond_its_context(run):
+    model = dataclasses.replace(run.config.model, positions="rotary", max_positions=9)
+    data = dataclasses.replace(run.config.data, pair_separator="=>")
+    short = dataclasses.replace(run, config=dataclasses.replace(run.config, model=model, data=data))
+    prompts, cut = writing._read(short, ["abcdefghij", "abcdef"])
+    first, encode = run.tokenizer.first_id, run.tokenizer.encode
+    assert [ids.tolist() for ids in prompts] == [[first, *encode(text + "=>")] for text in ("abcdef", "abcdef")]
+    assert cut == [True, False]
+
+
 def test_the_scores_are_of_what_was_written_for_that_very_pair(run, pairs, monkeypatch):
     """The model writes its source backwards, whole up to max_tokens, and the batches go by length."""
 
