@@ -17,7 +17,7 @@ from jax import lax
 from lm.nn.attention import AttentionMask
 from lm.nn.layers import Dropout
 from lm.nn.matmul import Numerics, heads_first, product
-from lm.nn.prefix_attention import BLOCK, attend_prefix
+from lm.nn.prefix_attention import attend_prefix
 
 Array = jax.Array
 _Segments = tuple[Array | None, Array | None]
@@ -78,6 +78,11 @@ def attend_shifted(
     return shifted(q_BTNH, k_BSKH, v_BSKH, (mask.query_segments_BT, mask.key_segments_BS))
 
 
+def _block(tokens: int) -> int:
+    """Queries whose scores are made at once: small blocks make fewer that causality masks, but compile longer."""
+    return 64 if tokens <= 512 else 128
+
+
 def _sums(
     q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, mask: AttentionMask, *, scale: float, numerics: Numerics
 ) -> Array:
@@ -107,8 +112,8 @@ def _sums(
         return product(e_BKGnS.reshape(B, K, G * n, S), v_BKTV[:, :, keys], False, numerics)
 
     blocks = []
-    for begin in range(0, T, BLOCK):
-        queries = slice(begin, min(begin + BLOCK, T))
+    for begin in range(0, T, _block(T)):
+        queries = slice(begin, min(begin + _block(T), T))
         first = 0 if mask.window is None else max(begin - mask.window + 1, 0)
         sums_BKMV = sums(queries, queries, causal=True)
         if first < begin:
@@ -124,8 +129,9 @@ def _exp2_below(x: Array) -> Array:
     x is a whole number, which its sum with 1.5 · 2^23 has in its lowest bits, and a rest f of at most 1/2. Of 2^f this
     is the polynomial of the fifth degree that has the least greatest relative error, 8e-8.
     """
-    greatest = BELOW + 127.0
-    x = jnp.where(x < greatest, jnp.maximum(x, BELOW - 126.0), greatest)
+    least, greatest = BELOW - 126.0, BELOW + 127.0
+    x = jnp.where(x < greatest, x, greatest)  # an instruction, where min is three: it keeps NaN
+    x = jnp.where(x > least, x, least)
     rounded = lax.bitcast_convert_type(x + 1.5 * 2.0**23, jnp.int32)
     f = x - (rounded - _ROUNDED_ZERO).astype(jnp.float32)
     c = [2.0**-BELOW * c for c in (1.0, 6.9314697e-1, 2.4022120e-1, 5.5507133e-2, 9.6755413e-3, 1.3276471e-3)]

@@ -19,7 +19,7 @@ from .attention_cases import SCALE, arrays, assert_equals_reference, compute, pa
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(shifted_attention, "BLOCK", 16)
+    monkeypatch.setattr(shifted_attention, "_block", lambda tokens: 16)
 
 
 @pytest.fixture
