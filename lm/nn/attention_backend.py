@@ -33,7 +33,7 @@ LONGEST_PREFIX = {"float32": 2048, "tensorfloat32": 2048, "bfloat16": 1024}
 costs a product, and they are T² / 2 numbers a head."""
 NARROW = 32
 """Head width up to which exponentials are what attention on CPUs takes longest for. At 8 to 32 and 511 tokens shifted
-takes 0.7 to 0.9 of prefix's time; it compiles twice as long."""
+takes 0.7 to 0.9 of prefix's time; it compiles two to four times as long."""
 LONG_ON_ACCELERATORS = 2048
 """The same where memory is fast: from here on the scores of a row, T² of float32 a head, are what fills it."""
 LONGEST_DENSE = 16384
