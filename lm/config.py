@@ -461,8 +461,8 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
     init_from: str | None = None
-    """A model to go on from: its weights, its tokenizer, and its model section but for dropout, hidden_dropout,
-    compute_dtype, attention, scan_layers and remat. None: new weights."""
+    """A model to go on from: its weights, its tokenizer, and its model section but for dropout and how it is computed.
+    None: new weights."""
 
     def resolve(self, vocab_size: int, source_vocab_size: int | None = None, first_id: int | None = None) -> RunConfig:
         """Fills what the tokenizers and the context decide, so that the model can be built from the config alone.

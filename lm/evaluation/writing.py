@@ -100,8 +100,8 @@ def prompts_of(run: Loaded, sources: Sequence[str]) -> list[np.ndarray]:
     """The ids that the model is given for each source: an encoder's source with EOS; else BOS, source and separator.
 
     Where an encoder was trained on sources cut to a length, they are cut to it here too, and where its positions are
-    learned to these. A decoder-only model's are cut, before the separator, to the context it was trained with, unless
-    its positions are learned: then `check_room` says what is too long.
+    learned to these. A decoder-only model's are cut, before the separator, to its context, unless its positions are
+    learned: then `check_room` says what is too long.
     """
     return _read(run, sources)[0]
 
@@ -113,7 +113,7 @@ def _read(run: Loaded, sources: Sequence[str]) -> tuple[list[np.ndarray], list[b
         separator = config.data.pair_separator
         prompts = [generation.prompt_ids(_tokenizer(run), source + separator) for source in sources]
         longest = None if config.model.positions == "learned" else config.model.position_rows
-        if longest is None or max(map(len, prompts)) <= longest:
+        if longest is None or max(map(len, prompts), default=0) <= longest:
             return prompts, [False] * len(prompts)
         end = _tokenizer(run).encode(separator)
         cut = [len(ids) > longest for ids in prompts]
