@@ -17,9 +17,9 @@ from lm.decoding import Sizes, empty_cache
 from lm.nn.matmul import numerics
 
 
-def check_memory(params: Any, cfg: ModelConfig, sizes: Sizes, *, beams: int, prompts: int) -> None:
+def check_memory(params: Any, cfg: ModelConfig, sizes: Sizes, *, prompts: int) -> None:
     """Raises InputError where a batch takes more than the device's free memory."""
-    needed, free = batch_bytes(cfg, sizes, beams), free_bytes(params)
+    needed, free, beams = batch_bytes(cfg, sizes), free_bytes(params), sizes.beams
     if free is None or needed <= free:
         return
     what = ("1 prompt" if prompts == 1 else f"{prompts:,} prompts at a time") + (
@@ -33,10 +33,10 @@ def check_memory(params: Any, cfg: ModelConfig, sizes: Sizes, *, beams: int, pro
     )
 
 
-def batch_bytes(cfg: ModelConfig, sizes: Sizes, beams: int) -> int:
+def batch_bytes(cfg: ModelConfig, sizes: Sizes) -> int:
     """Of keys and values, of ids, and in a search of what puts beams in another order: that makes new ones first."""
-    rows = sizes.rows
-    cache = jax.eval_shape(lambda: empty_cache(cfg, rows, sizes.slots))
+    rows, beams = sizes.rows, sizes.beams
+    cache = jax.eval_shape(lambda: empty_cache(cfg, sizes))
     one = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache._replace(length=None)))
     width = 2 * cfg.num_layers * cfg.kv_heads * cfg.head_width * jnp.dtype(numerics(cfg.compute_dtype).dtype).itemsize
     memory, logits, ids = rows * sizes.source * width, 8 * rows * beams * cfg.padded_vocabulary, 4 * rows * sizes.new

@@ -117,7 +117,7 @@ def turns(
     if not prompts:
         return
     sizes = Sizes.of(cfg, prompts, max_tokens)
-    check_memory(params, cfg, sizes, beams=1, prompts=len(prompts))
+    check_memory(params, cfg, sizes, prompts=len(prompts))
     ready, begun = decoding.ready_params(params, cfg), decoding.begin(params, cfg, prompts, sizes)
     until, done, form, numbers = 0, False, sampling.form(), sampling.numbers()
     seen_BV = None if form.repetition_penalty is None else decoding.seen(cfg, prompts, sizes.rows)
@@ -164,8 +164,8 @@ def search_ids(
     stops = _checked(params, cfg, prompts, max_tokens, end_id, stop_ids)
     if not prompts:
         return []
-    sizes = Sizes.of(cfg, prompts, max_tokens)
-    check_memory(params, cfg, sizes, beams=search.num_beams, prompts=len(prompts))
+    sizes = Sizes.of(cfg, prompts, max_tokens, search.num_beams)
+    check_memory(params, cfg, sizes, prompts=len(prompts))
     ready = decoding.ready_params(params, cfg)
     return beams.search(params, ready, cfg, list(prompts), sizes, search, max_tokens=max_tokens, stops=stops, over=over)
 

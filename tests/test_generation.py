@@ -82,7 +82,23 @@ def test_bfloat16_step_by_step_gives_the_logits_of_a_whole_pass(tree, cfg, monke
     )
     logits_BV, wanted_BV = logits_BV[:, : cfg.vocab_size], whole_BTV[:, -1, : cfg.vocab_size]
     np.testing.assert_allclose(logits_BV, wanted_BV, atol=0.03 * np.abs(wanted_BV).max())
-    assert cache.keys[0].dtype == "float32"
+    assert cache.keys[0][0].dtype == "float32"
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_large_cache_is_in_parts_and_writes_the_same(tree, cfg, monkeypatch, num_beams):
+    monkeypatch.setattr(decoding, "LARGE_CACHE", 2**40)
+    how = {"max_tokens": 29, "num_beams": num_beams}
+    whole = run(tree, cfg, PROMPTS, **how)
+    jax.clear_caches()  # what is compiled doesn't know the limit
+    sizes = Sizes.of(cfg, PROMPTS, 29, num_beams)
+    assert [len(parts) for parts in decoding.empty_cache(cfg, sizes).keys] == [1] * cfg.num_layers
+    monkeypatch.setattr(decoding, "LARGE_CACHE", 8 * 4 * num_beams * sizes.slots * cfg.kv_heads * cfg.head_width)
+    assert {len(parts) for parts in decoding.empty_cache(cfg, sizes).keys} <= {1, 5, 6, 7, 8}
+    assert len(decoding.empty_cache(cfg, sizes).keys[-1]) > 1
+    for got, wanted in zip(run(tree, cfg, PROMPTS, **how), whole, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    jax.clear_caches()
 
 
 def test_learned_positions_too(cfg):
@@ -283,7 +299,7 @@ def test_the_plan_of_memory_is_what_the_compiler_needs(cfg, tree, changes, sizes
         found = lowered.compile().memory_analysis()
         needed = found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes
         needed += beside - found.alias_size_in_bytes - weights
-        assert 0.95 * needed <= generation_memory.batch_bytes(cfg, sizes, count) <= 2 * needed
+        assert 0.95 * needed <= generation_memory.batch_bytes(cfg, sizes._replace(beams=count)) <= 2 * needed
 
 
 def test_memory_is_planned(tree, cfg, monkeypatch):

@@ -141,8 +141,8 @@ def check_room(run: Loaded, prompts: Sequence[np.ndarray], decoding: Decoding) -
         search = Search(decoding.num_beams, decoding.power or 0.0)
         search.check_candidates(run.config.model, int(_tokenizer(run).eos is not None))
         search.check_lengths(decoding.max_tokens)
-    sizes = Sizes.of(run.config.model, most, decoding.max_tokens)
-    check_memory(run.params, run.config.model, sizes, beams=decoding.num_beams, prompts=len(most))
+    sizes = Sizes.of(run.config.model, most, decoding.max_tokens, decoding.num_beams)
+    check_memory(run.params, run.config.model, sizes, prompts=len(most))
 
 
 def _check_positions(run: Loaded, prompts: Sequence[np.ndarray], decoding: Decoding) -> None:

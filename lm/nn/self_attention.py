@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from lm.nn import params as declare
 from lm.nn.attention import Attend, AttentionMask
-from lm.nn.cache import KeyValueCache
+from lm.nn.cache import KeyValueCache, Parts
+from lm.nn.filled_attention import attend_filled
 from lm.nn.layers import Constrain, Dropout, RotaryTable, rotary
 from lm.nn.matmul import Numerics, project
 from lm.nn.matmul import numerics as exactly
@@ -107,22 +108,24 @@ def self_attention(
         k_BTKH = rms_norm(k_BTKH, params["k_norm"]["scale"], epsilon=norm_epsilon, offset=norm_offset)
     if table is not None:
         q_BTNH, k_BTKH = rotary(q_BTNH, table), rotary(k_BTKH, table)
-    k_BSKH, v_BSKH = k_BTKH, v_BTKH
+    keys: Parts = (k_BTKH,)
+    values: Parts = (v_BTKH,)
     if cache is not None:
         assert isinstance(layer, int), "a stack with a cache runs unrolled"
-        cache, k_BSKH, v_BSKH, mask = cache.see(layer, k_BTKH, v_BTKH, mask)
-    wider = k_BSKH.dtype != k_BTKH.dtype  # as the cache holds it: to make it narrow would take longer than the products
-    o_BTNH = attend(
-        q_BTNH,
-        k_BSKH,
-        v_BSKH,
-        mask,
-        scale=scale,
-        softcap=softcap,
-        numerics=exactly(k_BSKH.dtype.name) if wider else numerics,
-        dropout=dropout,
-        bias_NTS=bias_NTS,
-    )
+        cache, keys, values, mask = cache.see(layer, k_BTKH, v_BTKH, mask)
+    held = keys[0].dtype
+    how: dict[str, Any] = {
+        "scale": scale,
+        "softcap": softcap,
+        # As the cache holds it: to make it narrow would take longer than the products.
+        "numerics": exactly(held.name) if held != k_BTKH.dtype else numerics,
+        "dropout": dropout,
+        "bias_NTS": bias_NTS,
+    }
+    if len(keys) == 1:
+        o_BTNH = attend(q_BTNH, keys[0], values[0], mask, **how)
+    else:
+        o_BTNH = attend_filled(q_BTNH, keys, values, mask, **how)
     o_BTNH = constrain(o_BTNH, ("batch", "length", "heads", "head"))
     return project(o_BTNH, params["out"], params.get("out_bias"), inputs=2, numerics=numerics), cache
 

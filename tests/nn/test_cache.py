@@ -1,4 +1,5 @@
-"""The cache: rings equal the plain cache, both the whole row; beams move; for every shape of model of both families."""
+"""The cache: rings and parts equal the plain cache, which equals the whole row; beams move; for every shape of model of
+both families."""
 
 from __future__ import annotations
 
@@ -39,9 +40,9 @@ def run(tree, tokens_BT, segments_BT, positions_BT, cache, memory, *, cfg):
 step = jax.jit(run, static_argnames="cfg")
 
 
-def decoded(cfg, tree, windows, memory=None):
+def decoded(cfg, tree, windows, memory=None, part=None):
     """The logits of a prompt at once and of tokens one by one."""
-    cache = KeyValueCache.empty(cfg.num_layers, B, SLOTS, cfg.kv_heads, cfg.head_width, "float32", windows)
+    cache = KeyValueCache.empty(cfg.num_layers, B, SLOTS, cfg.kv_heads, cfg.head_width, "float32", windows, part)
 
     @jax.jit
     def prompt(cache, *arrays):
@@ -104,14 +105,65 @@ def test_a_ring_equals_the_plain_cache(window):
     rings, less = decoded(cfg, tree, windows_of(cfg))
     np.testing.assert_allclose(rings, plain, atol=1e-5)
     wanted = [windows_of(cfg)[i % len(windows_of(cfg))] or SLOTS for i in range(cfg.num_layers)]
-    assert [x.shape[2] for x in less.keys] == wanted
-    assert [x.shape[2] for x in held.keys] == [SLOTS] * cfg.num_layers
+    assert [sum(x.shape[2] for x in parts) for parts in less.keys] == wanted
+    assert [sum(x.shape[2] for x in parts) for parts in held.keys] == [SLOTS] * cfg.num_layers
     wider = dataclasses.replace(cfg, window=tuple(w and w + 1 for w in windows_of(cfg)))
     assert np.abs(decoded(wider, tree, windows_of(wider))[0] - plain).max() > 1e-3
 
 
-def filled(windows):
-    cache = KeyValueCache.empty(2, 4, 8, 1, 2, "float32", windows)
+@pytest.mark.parametrize("shape", sorted(SHAPES))
+def test_parts_equal_the_plain_cache(shape):
+    """Parts within the prompt, at its end and behind it, the last one shorter; beside rings, too."""
+    cfg = resolved(SHAPES[shape])
+    tree = weights_of(cfg)
+    plain, _ = decoded(cfg, tree, [None])
+    windows = windows_of(cfg)
+    for part, kept in ((3, [None]), (4, [None]), (5, windows)):
+        found, held = decoded(cfg, tree, kept, part=part)
+        np.testing.assert_allclose(found, plain, atol=1e-5)
+        rings = [len(held.keys[i]) == 1 for i in range(cfg.num_layers)]
+        assert rings == [kept[i % len(kept)] is not None for i in range(cfg.num_layers)]
+
+
+@pytest.mark.parametrize("shape", sorted(PAIR_SHAPES))
+def test_parts_equal_the_plain_cache_of_an_encoder_decoder(shape):
+    """Relative positions, too, which are added to scores."""
+    cfg = resolved(PAIR_SHAPES[shape])
+    tree = weights_of(cfg)
+    tokens_BS = ids(length=9, seed=5) % 47
+    positions_BS = np.broadcast_to(np.arange(9, dtype=np.int32), (B, 9))
+    memory = remembered(tree, Source(tokens_BS, np.ones_like(tokens_BS), positions_BS), cfg=cfg)
+    plain, _ = decoded(cfg, tree, [None], memory)
+    np.testing.assert_allclose(decoded(cfg, tree, [None], memory, part=4)[0], plain, atol=1e-5)
+
+
+def test_a_part_that_holds_nothing_is_not_read():
+    cfg = resolved(SHAPES["gpt2"])
+    tree = weights_of(cfg)
+    _, cache = decoded(cfg, tree, [None], part=4)
+    room = KeyValueCache.empty(cfg.num_layers, B, SLOTS + 8, cfg.kv_heads, cfg.head_width, "float32", part=4)
+
+    def with_room(held, room):
+        poisoned = [[jnp.full_like(x, jnp.nan) for x in parts[4:]] for parts in room]
+        return tuple((*parts, *more) for parts, more in zip(held, poisoned, strict=True))
+
+    longer = cache._replace(
+        keys=with_room(cache.keys, room.keys),
+        values=with_room(cache.values, room.values),
+        segments_BS=jnp.pad(cache.segments_BS, ((0, 0), (0, 8))),
+    )
+    for turn in range(3):  # slots 14 and 15, and the first of the next part
+        token = (ids()[:, turn : turn + 1], np.ones((B, 1), np.int32), POSITIONS[:, -1:] + 1 + turn)
+        if turn < 2:
+            wanted, cache = step(tree, *token, cache, None, cfg=cfg)
+        got, longer = step(tree, *token, longer, None, cfg=cfg)
+        if turn < 2:
+            np.testing.assert_allclose(got, wanted, atol=1e-6)
+    assert not np.isfinite(got).all(), "that part is read"
+
+
+def filled(windows, part=None):
+    cache = KeyValueCache.empty(2, 4, 8, 1, 2, "float32", windows, part)
     new = jnp.arange(4 * 6 * 2, dtype=jnp.float32).reshape(4, 6, 1, 2)
     cache = cache.mark(jnp.ones((4, 6), jnp.int32))
     for layer in range(2):
@@ -119,19 +171,25 @@ def filled(windows):
     return cache.advance(6)
 
 
-def test_rows_move_but_for_what_they_have_in_common():
-    cache = filled((None, 4))
+def whole(parts):
+    return np.concatenate(parts, axis=2)
+
+
+@pytest.mark.parametrize("part", [None, 1, 2, 5])
+def test_rows_move_but_for_what_they_have_in_common(part):
+    cache = filled((None, 4), part)
     moved = cache.reorder(jnp.array([1, 1, 3, 0]), 3)
-    for before, after in ((cache.keys[0], moved.keys[0]), (cache.values[0], moved.values[0])):
+    for held, other in ((cache.keys[0], moved.keys[0]), (cache.values[0], moved.values[0])):
+        before, after = whole(held), whole(other)
         np.testing.assert_array_equal(after[:, :, :3], before[:, :, :3])
-        np.testing.assert_array_equal(after[:, :, 3:], before[np.array([1, 1, 3, 0]), :, 3:])
-    np.testing.assert_array_equal(moved.keys[1], cache.keys[1][np.array([1, 1, 3, 0])])
+        np.testing.assert_array_equal(after[:, :, 3:6], before[np.array([1, 1, 3, 0]), :, 3:6])
+    np.testing.assert_array_equal(moved.keys[1][0], cache.keys[1][0][np.array([1, 1, 3, 0])])
     twice = cache.repeat(2)
-    np.testing.assert_array_equal(twice.keys[1][5], cache.keys[1][2])
+    np.testing.assert_array_equal(whole(twice.keys[1])[5], whole(cache.keys[1])[2])
     assert twice.segments_BS.shape == (8, 8) and twice.rings[4].shape == (8, 4)
 
 
 def test_a_ring_holds_the_last_tokens():
     """Token i in slot i modulo 4."""
-    ring = np.asarray(filled((4,)).keys[0])[0, 0, :, 0]
+    ring = np.asarray(filled((4,)).keys[0][0])[0, 0, :, 0]
     np.testing.assert_array_equal(ring, [8, 10, 4, 6])
