@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,9 @@ Array = jax.Array
 
 CHUNK_ENTRIES = 2**20
 CHUNK_POSITIONS = 256
+TILE_ENTRIES, MOST_TILES = 2**22, 8
+"""On a CPU a large matrix is taken tile by tile, in all three products: none of them needs a copy of it in the compute
+dtype, or something of its size to be added to its gradient."""
 
 
 def chunk_length(rows: int, width: int, vocabulary_rows: int) -> int:
@@ -41,11 +45,24 @@ def chunk_length(rows: int, width: int, vocabulary_rows: int) -> int:
 
 def batch_shards(constrain: Constrain, rows: int) -> int:
     """The devices that `constrain` splits a batch over; one where it leaves arrays alone."""
-    row = jax.ShapeDtypeStruct((rows,), jnp.float32)
-    placed = jax.make_jaxpr(lambda x_B: constrain(x_B, ("batch",)))(row).eqns
+    return _shards(constrain, rows, "batch")
+
+
+def _shards(constrain: Constrain, length: int, axis: str) -> int:
+    """The devices that `constrain` splits an axis of so many over."""
+    line = jax.ShapeDtypeStruct((length,), jnp.float32)
+    placed = jax.make_jaxpr(lambda x: constrain(x, (axis,)))(line).eqns
     shardings = [equation.params["sharding"] for equation in placed if "sharding" in equation.params]
     split = bool(shardings) and any(shardings[-1].spec)  # of no split, JAX 0.10 doesn't give the shape inside shard_map
-    return rows // shardings[-1].shard_shape((rows,))[0] if split else 1
+    return length // shardings[-1].shard_shape((length,))[0] if split else 1
+
+
+def _tiles(entries: int, vocabulary_rows: int) -> int:
+    """Equal parts of a matrix's vocabulary rows."""
+    tiles = 1
+    while 2 * tiles <= MOST_TILES and vocabulary_rows % (2 * tiles) == 0 and entries >= 2 * tiles * TILE_ENTRIES:
+        tiles *= 2
+    return tiles
 
 
 def head_nll(
@@ -132,7 +149,10 @@ def _form(
     tied = "kernel" not in head
     w = params["embed"]["tokens"] if tied else head["kernel"]
     groups = batch_shards(constrain, x_BTD.shape[0])
-    return _Form(tied, vocabulary, softcap, objective, numerics, constrain, groups, chunks), w, head.get("bias")
+    V = w.shape[0 if tied else 1]
+    tiles = _tiles(w.size, V) if groups == _shards(constrain, V, "vocab") == 1 else 1
+    form = _Form(tied, vocabulary, softcap, objective, numerics, constrain, groups, chunks, tiles)
+    return form, w, head.get("bias")
 
 
 class _Losses(NamedTuple):
@@ -151,6 +171,9 @@ class _Objective(NamedTuple):
 
     def losses(self, logits_BTV: Array, targets_BT: Array, vocabulary: int) -> _Losses:
         nll_BT, log_z_BT = token_losses(logits_BTV, targets_BT)
+        return self.of(logits_BTV, nll_BT, log_z_BT, vocabulary)
+
+    def of(self, logits_BTV: Array, nll_BT: Array, log_z_BT: Array, vocabulary: int) -> _Losses:
         smooth = self.smoothing is not None
         return _Losses(nll_BT, log_z_BT, uniform_nll(logits_BTV, log_z_BT, vocabulary=vocabulary) if smooth else None)
 
@@ -173,15 +196,27 @@ class _Form(NamedTuple):
     constrain: Constrain
     groups: int  # G
     chunks: int
+    tiles: int  # of the matrix, on a CPU
 
     def matrix(self, w: Array) -> Array:
         """w in the compute dtype, whole in its D: cast and gathered once, not once a chunk."""
         axes = ("vocab", "width") if self.tied else ("width", "vocab")
         return self.constrain(w.astype(self.numerics.dtype), axes)
 
-    def logits(self, w: Array, bias_V: Array | None, x_GMD: Array) -> Array:
-        w_G = jnp.broadcast_to(w[None], (self.groups, *w.shape))
-        logits_GMV = self.constrain(product(x_GMD, w_G, self.tied, self.numerics), ("batch", "length", "vocab"))
+    @property
+    def vocabulary_axis(self) -> int:
+        return 0 if self.tied else 1
+
+    def tile(self, w: Array, tile: Array) -> Array:
+        """One of `tiles` parts of w, in the compute dtype."""
+        return _tile(w, tile, self.tiles, self.vocabulary_axis).astype(self.numerics.dtype)
+
+    def product(self, matrix: Array, x_GMD: Array) -> Array:
+        w_G = jnp.broadcast_to(matrix[None], (self.groups, *matrix.shape))
+        return product(x_GMD, w_G, self.tied, self.numerics)
+
+    def finish(self, logits_GMV: Array, bias_V: Array | None) -> Array:
+        logits_GMV = self.constrain(logits_GMV, ("batch", "length", "vocab"))
         return finish_logits(logits_GMV, bias_V, vocabulary=self.vocabulary, softcap=self.softcap)
 
     def pad(self, x_BT: Array) -> Array:
@@ -207,7 +242,7 @@ def _losses(form: _Form, w: Array, bias_V: Array | None, x_BTD: Array, targets_B
 
     @jax.checkpoint
     def one(chunk: Array) -> _Losses:
-        logits_GMV = form.logits(matrix, bias_V, form.cut(x_BTD, chunk))
+        logits_GMV = form.finish(form.product(matrix, form.cut(x_BTD, chunk)), bias_V)
         return form.objective.losses(logits_GMV, form.cut(targets_BT, chunk), form.vocabulary)
 
     return jax.tree.map(lambda part: form.join(part, x_BTD.shape[0]), lax.map(one, jnp.arange(form.chunks)))
@@ -228,14 +263,11 @@ def _forward(
 
     def add(sums: tuple[Array, Array | None], chunk: Array) -> tuple[tuple[Array, Array | None], tuple]:
         x_GMD, targets_GM, weights_GM = (form.cut(v, chunk) for v in (x_BTD, targets_BT, weights_BT))
-        logits_GMV = form.logits(matrix, bias_V, x_GMD)
-        losses_GM = form.objective.losses(logits_GMV, targets_GM, form.vocabulary)
+        logits_GMV, losses_GM = _logits(form, w, matrix, bias_V, x_GMD, targets_GM)
         d_GMV = _logits_gradient(form, logits_GMV, targets_GM, losses_GM.log_z, weights_GM)
-        w_G = jnp.broadcast_to(matrix[None], (form.groups, *matrix.shape))
-        dx_GMD = product(d_GMV, w_G, not form.tied, form.numerics)
-        left, right = (d_GMV, x_GMD) if form.tied else (x_GMD, d_GMV)
         dw_G, db_GV = sums
-        dw_G = _place(form, dw_G + sum_of_rows(left, right, form.numerics))
+        dx_GMD, dw_G = _gradient_products(form, w, matrix, x_GMD, d_GMV, dw_G)
+        dw_G = _place(form, dw_G)
         db_GV = None if db_GV is None else db_GV + jnp.sum(d_GMV, axis=1)
         return (dw_G, db_GV), (losses_GM, dx_GMD.astype(x_BTD.dtype))
 
@@ -280,6 +312,93 @@ def _logits_gradient(form: _Form, logits_GMV: Array, targets_GM: Array, log_z_GM
         slope_GMV = 1.0 - jnp.square(logits_GMV / form.softcap)
         d_GMV = jnp.where(ids_GMV < form.vocabulary, d_GMV * slope_GMV, 0.0)  # -inf past the vocabulary
     return d_GMV
+
+
+def _logits(
+    form: _Form, w: Array, matrix: Array, bias_V: Array | None, x_GMD: Array, targets_GM: Array
+) -> tuple[Array, _Losses]:
+    """The logits of a chunk, [G, M, V], float32, and the losses of its tokens. matrix: w as `form.matrix` has it."""
+
+    def whole(matrix: Array) -> tuple[Array, _Losses]:
+        logits_GMV = form.finish(form.product(matrix, x_GMD), bias_V)
+        return logits_GMV, form.objective.losses(logits_GMV, targets_GM, form.vocabulary)
+
+    def tiled(w: Array) -> tuple[Array, _Losses]:
+        """log Z as it grows. A gather of the targets' logits: nothing is split, and a sum would be written down."""
+        V = w.shape[form.vocabulary_axis]
+        width = V // form.tiles
+
+        def one(tile: Array, found: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            logits_GMV, most_GM1, sums_GM1 = found
+            own_GMv = finish_logits(
+                form.product(form.tile(w, tile), x_GMD),
+                None if bias_V is None else _tile(bias_V, tile, form.tiles, axis=0),
+                vocabulary=form.vocabulary if form.vocabulary == V else form.vocabulary - tile * width,
+                softcap=form.softcap,
+            )
+            more_GM1 = jnp.maximum(most_GM1, jnp.max(own_GMv, axis=-1, keepdims=True))
+            sums_GM1 = sums_GM1 * jnp.exp(most_GM1 - more_GM1)
+            sums_GM1 += jnp.sum(jnp.exp(own_GMv - more_GM1), axis=-1, keepdims=True)
+            return _with_tile(logits_GMV, own_GMv, tile, axis=2), more_GM1, sums_GM1
+
+        empty_GM1 = jnp.zeros((*x_GMD.shape[:2], 1), jnp.float32)
+        start = (jnp.zeros((*x_GMD.shape[:2], V), jnp.float32), empty_GM1 - jnp.inf, empty_GM1)
+        logits_GMV, most_GM1, sums_GM1 = lax.fori_loop(0, form.tiles, one, start)
+        log_z_GM = (most_GM1 + jnp.log(sums_GM1))[:, :, 0]
+        targets_GM1 = targets_GM[:, :, None]
+        nll_GM = log_z_GM - jnp.take_along_axis(logits_GMV, targets_GM1, axis=-1, mode="clip")[:, :, 0]
+        return logits_GMV, form.objective.of(logits_GMV, nll_GM, log_z_GM, form.vocabulary)
+
+    return _by_tiles(form, tiled, whole, w, matrix)
+
+
+def _gradient_products(
+    form: _Form, w: Array, matrix: Array, x_GMD: Array, d_GMV: Array, dw_G: Array
+) -> tuple[Array, Array]:
+    """Of a chunk with the gradient d of its logits: dx, [G, M, D], and dw_G with its own added; float32."""
+
+    def of(matrix: Array, d_GMV: Array, dw_G: Array) -> tuple[Array, Array]:
+        w_G = jnp.broadcast_to(matrix[None], (form.groups, *matrix.shape))
+        left, right = (d_GMV, x_GMD) if form.tied else (x_GMD, d_GMV)
+        dx_GMD = product(d_GMV, w_G, not form.tied, form.numerics)
+        return dx_GMD, dw_G + sum_of_rows(left, right, form.numerics)
+
+    def whole(matrix: Array) -> tuple[Array, Array]:
+        return of(matrix, d_GMV, dw_G)
+
+    def tiled(w: Array) -> tuple[Array, Array]:
+        axis, narrow = form.vocabulary_axis + 1, form.numerics.dtype == "bfloat16"
+        # As whole numbers: XLA's CPU compiler would hold it in float32, to cut it.
+        held = lax.bitcast_convert_type(d_GMV.astype(jnp.bfloat16), jnp.uint16) if narrow else d_GMV
+
+        def one(tile: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+            dx_GMD, dw_G = sums
+            d_GMv = _tile(held, tile, form.tiles, axis=2)
+            d_GMv = lax.bitcast_convert_type(d_GMv, jnp.bfloat16) if narrow else d_GMv
+            more_GMD, own_G = of(form.tile(w, tile), d_GMv, _tile(dw_G, tile, form.tiles, axis))
+            return dx_GMD + more_GMD, _with_tile(dw_G, own_G, tile, axis)
+
+        return lax.fori_loop(0, form.tiles, one, (jnp.zeros(x_GMD.shape, jnp.float32), dw_G))
+
+    return _by_tiles(form, tiled, whole, w, matrix)
+
+
+def _by_tiles(
+    form: _Form, tiled: Callable[[Array], Any], whole: Callable[[Array], Any], w: Array, matrix: Array
+) -> Any:
+    """`tiled` of w, on a CPU and where there is more than one tile; else `whole` of w as `form.matrix` has it."""
+    if form.tiles == 1:
+        return whole(matrix)
+    return lax.platform_dependent(w, matrix, cpu=lambda w, matrix: tiled(w), default=lambda w, matrix: whole(matrix))
+
+
+def _tile(x: Array, tile: Array, tiles: int, axis: int) -> Array:
+    width = x.shape[axis] // tiles
+    return lax.dynamic_slice_in_dim(x, tile * width, width, axis)
+
+
+def _with_tile(x: Array, own: Array, tile: Array, axis: int) -> Array:
+    return lax.dynamic_update_slice_in_dim(x, own, tile * own.shape[axis], axis)
 
 
 def _place(form: _Form, w_G: Array) -> Array:

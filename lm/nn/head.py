@@ -55,13 +55,13 @@ def lm_head(
     return finish_logits(logits_BTV, head.get("bias"), vocabulary=vocabulary, softcap=softcap)
 
 
-def finish_logits(logits_BTV: Array, bias_V: Array | None, *, vocabulary: int, softcap: float | None) -> Array:
+def finish_logits(logits_BTV: Array, bias_V: Array | None, *, vocabulary: int | Array, softcap: float | None) -> Array:
     """The logits of a head's product: bias added, capped, -inf past `vocabulary`; `lm_head` says more."""
     if bias_V is not None:
         logits_BTV = logits_BTV + bias_V.reshape(1, 1, -1)
     if softcap is not None:
         logits_BTV = softcap * jnp.tanh(logits_BTV / softcap)
-    if logits_BTV.shape[-1] > vocabulary:
+    if not isinstance(vocabulary, int) or logits_BTV.shape[-1] > vocabulary:
         logits_BTV = jnp.where(token_ids(logits_BTV) < vocabulary, logits_BTV, -jnp.inf)
     return logits_BTV
 

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lm.nn.late import late
+
 Array = jax.Array
 _LANES = 8
 LEAST_SHARED = 2**18
@@ -66,8 +68,11 @@ def _product_backward(
     transpose_w: bool, numerics: Numerics, saved: tuple[Array, Array], g: Array
 ) -> tuple[Array, Array]:
     x, w = saved
-    dx = product(g, w, not transpose_w, numerics)
     dw = sum_of_rows(g, x, numerics) if transpose_w else sum_of_rows(x, g, numerics)
+    if w.dtype != numerics.dtype and w.size >= LEAST_SHARED:
+        # Cast again on a CPU, not held since the forward pass: two bytes a parameter. Small ones aren't worth the time.
+        w = lax.platform_dependent(w, dw, cpu=late, default=lambda w, dw: w)
+    dx = product(g, w, not transpose_w, numerics)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
