@@ -30,9 +30,9 @@ def build(spec: dict[str, Any]) -> Side:
     mesh = make_mesh(cfg.parallel, jax.devices()[:1])
     optimizer = optimizer_on(cfg, mesh)
     batches = [batch_of(*pair, packed=spec["packed"]) for pair in random_rows(spec["workload"])]
+    state = create_state(cfg, optimizer, mesh)  # in the order of a run
     compiled = lower_step(cfg, optimizer, mesh, put_rows(mesh, batches[0])).compile()
     allocator.give_back()
-    state = create_state(cfg, optimizer, mesh)
 
     def run(steps: int) -> None:
         nonlocal state

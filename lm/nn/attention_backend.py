@@ -29,8 +29,8 @@ BACKENDS: Mapping[str, Attend] = {
 LONG = 256
 """Tokens from which blocks are faster on CPUs: the scores of longer rows leave the caches."""
 LONGEST_PREFIX = {"float32": 2048, "tensorfloat32": 2048, "bfloat16": 1024}
-"""Tokens up to which a CPU keeps all probabilities that causality leaves, by `model.compute_dtype`: to make them again
-costs a product, and they are T² / 2 numbers a head."""
+"""Tokens up to which a CPU makes all probabilities of a layer that causality leaves at once, by `model.compute_dtype`:
+blocks cost products, and these are T² / 2 numbers a head."""
 NARROW = 32
 """Head width up to which exponentials are what attention on CPUs takes longest for. At 8 to 32 and 511 tokens shifted
 takes 0.7 to 0.9 of prefix's time; it compiles two to four times as long."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 Array = jax.Array
@@ -26,22 +28,28 @@ def late(x: Array, after: Array) -> Array:
     )
 
 
-def again(compute: Callable[..., Array], *args: Array) -> Array:
+def again(compute: Callable[..., Array], *args: Any) -> Array:
     """compute(*args), of which the backward pass keeps the arguments alone: it makes the rest again, when it is there.
 
     `jax.checkpoint` does that by barriers, which on CPUs are gone when instructions are put in order.
 
     Args:
-      compute: differentiable, of arrays whose first axis is that of the result.
+      compute: differentiable; it has all that is traced from its arguments.
+      args: arrays whose first axis is that of the result, or None. Those of whole numbers have no gradient.
     """
 
     @jax.custom_vjp
-    def run(*args: Array) -> Array:
+    def run(*args: Any) -> Array:
         return compute(*args)
 
-    def backward(kept: tuple[Array, ...], g: Array) -> tuple[Array, ...]:
+    def backward(kept: tuple[Any, ...], g: Array) -> tuple[Any, ...]:
         first = lax.slice(g, (0,) * g.ndim, (g.shape[0], *(1,) * (g.ndim - 1)))
-        _, gradients = jax.vjp(compute, *(late(x, first.reshape(-1, *(1,) * (x.ndim - 1))) for x in kept))
+
+        def ready(x: Array) -> Array:
+            floating = jnp.issubdtype(x.dtype, jnp.floating)
+            return late(x, first.reshape(-1, *(1,) * (x.ndim - 1))) if floating else x
+
+        _, gradients = jax.vjp(compute, *jax.tree.map(ready, kept))
         return gradients(g)
 
     run.defvjp(lambda *args: (compute(*args), args), backward)

@@ -45,19 +45,21 @@ def attend_prefix(
     if not mask.causal or not isinstance(offset, int):
         return one(q_BTNH, k_BSKH, v_BSKH, mask)
 
-    def in_blocks(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array) -> Array:
+    def in_blocks(
+        q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, query_segments_BT: Array | None, key_segments_BS: Array | None
+    ) -> Array:
         blocks = []
         for begin in range(0, T, BLOCK):
             end = min(begin + BLOCK, T)
             first = 0 if mask.window is None else min(max(offset + begin - mask.window + 1, 0), S - 1)
             keys = slice(first, max(min(offset + end, S), first + 1))
             own = mask._replace(
-                query_segments_BT=None if mask.query_segments_BT is None else mask.query_segments_BT[:, begin:end],
-                key_segments_BS=None if mask.key_segments_BS is None else mask.key_segments_BS[:, keys],
+                query_segments_BT=None if query_segments_BT is None else query_segments_BT[:, begin:end],
+                key_segments_BS=None if key_segments_BS is None else key_segments_BS[:, keys],
                 query_offset=offset + begin - first,
             )
             blocks.append(one(q_BTNH[:, begin:end], k_BSKH[:, keys], v_BSKH[:, keys], own))
         return jnp.concatenate(blocks, axis=1)
 
     compute = in_blocks if T <= KEPT else functools.partial(again, in_blocks)
-    return compute(q_BTNH, k_BSKH, v_BSKH)
+    return compute(q_BTNH, k_BSKH, v_BSKH, mask.query_segments_BT, mask.key_segments_BS)

@@ -199,6 +199,47 @@ def test_memory_falls_by_the_logits():
     assert chunk < T
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", [form for form in FORMS if "padded" in form])
+def test_tiles_give_the_same(form, dtype, monkeypatch):
+    """Of a large matrix on a CPU: three products for each of eight tiles, with another order of float32 sums."""
+    shape = dict(FORMS[form])
+    softcap = shape.pop("softcap")
+    arguments = example(2, 12, **shape)
+    options = {"softcap": softcap, "chunk": 5, "z_loss": 0.1, "dtype": dtype}
+    whole = loss_and_gradients(*arguments, **options)
+    monkeypatch.setattr(chunked_nll, "TILE_ENTRIES", 1)
+    loss_and_gradients.clear_cache()
+    text = loss_and_gradients.lower(*arguments, **options).as_text()
+    assert text.count("stablehlo.while") == 3, "the chunks, their logits, their gradients"
+    tiled = loss_and_gradients(*arguments, **options)
+    loss_and_gradients.clear_cache()
+    assert_same(tiled, whole, loss=1e-5, gradient=1e-5 if dtype == "float32" else 4e-3)
+
+
+def test_tiles_are_of_large_matrices_that_lie_whole():
+    assert chunked_nll._tiles(50_304 * 768, 50_304) == 8
+    assert chunked_nll._tiles(50_304 * 768 + 1, 50_303) == 1, "an odd number of rows"
+    assert chunked_nll._tiles(4096 * 512, 4096) == 1
+    mesh = make_mesh(ParallelConfig(tensor=8))
+    parts = chunked_nll._shards(constrainer(mesh), 64, "vocab")
+    assert parts == 8 and chunked_nll._shards(unconstrained, 64, "vocab") == 1
+
+
+def test_tiles_need_no_second_matrix(monkeypatch):
+    """GPT-2's head on 512 tokens of bfloat16, compiled and not run: neither one in bfloat16 nor one to be added."""
+    shapes = jax.eval_shape(functools.partial(example, 2, 256, tied=True, bias=False, rows=50_304, width=768))
+
+    def temporary():
+        loss_and_gradients.clear_cache()
+        compiled = loss_and_gradients.lower(*shapes, softcap=None, chunk=64, dtype="bfloat16").compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    tiled = temporary()
+    monkeypatch.setattr(chunked_nll, "MOST_TILES", 1)
+    assert temporary() - tiled > 1.2 * 50_304 * 768 * 4
+
+
 def test_the_model_never_makes_its_logits():
     """Traced alone. `logits` does make them."""
     model = RunConfig(model=SHAPES["modern"]).resolve(8192).model

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.nn import activations, attention, norms
+from lm.nn import activations, attention, matmul, norms
 from lm.nn.attention import AttentionMask
-from lm.nn.late import late
+from lm.nn.late import again, late
 from lm.nn.matmul import numerics, project
 
 LAYERS = 8
@@ -62,3 +62,55 @@ def test_what_the_backward_pass_makes_isnt_held_before(name, monkeypatch):
     jax.clear_caches()
     without = temporary_bytes(block)
     assert with_it < 0.9 * without
+
+
+def test_weights_are_cast_again(monkeypatch):
+    """Of residual blocks with large matrices, in bfloat16. XLA puts some of what it holds where gradients will be."""
+    width, hidden = 512, 1024
+    assert width * hidden >= matmul.LEAST_SHARED
+
+    def loss(x, ws):
+        for up, down in ws:
+            hidden_BF = jax.nn.relu(project(x, up, None, inputs=1, numerics=BFLOAT16))
+            x = x + project(hidden_BF, down, None, inputs=1, numerics=BFLOAT16)
+        return jnp.sum(x.astype(jnp.float32) ** 2)
+
+    def temporary():
+        up, down = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((width, hidden), (hidden, width)))
+        shapes = jax.ShapeDtypeStruct((256, width), jnp.bfloat16), [(up, down)] * 6
+        gradient = jax.jit(jax.grad(loss, argnums=1))
+        return gradient.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    with_it = temporary()
+    monkeypatch.setattr(matmul, "late", lambda x, after: x)
+    jax.clear_caches()
+    assert with_it < 0.7 * temporary()
+
+
+def exponential_sums(x, w):
+    """Differentiable in both, and with something large to keep for it."""
+    return jnp.sum(jnp.exp(x[:, :, None] * w[:, None, :] * jnp.arange(512.0)[None, :, None]), axis=-1)
+
+
+def test_made_again_it_is_the_same():
+    x, w = (jax.random.normal(key, (3, 512)) * 1e-3 for key in jax.random.split(jax.random.key(0)))
+
+    def results(form):
+        return jax.jit(jax.value_and_grad(lambda x, w: jnp.sum(form(x, w) ** 2), argnums=(0, 1)))(x, w)
+
+    got, wanted = results(lambda x, w: again(exponential_sums, x, w)), results(exponential_sums)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_what_is_made_again_isnt_kept():
+    def temporary(form):
+        def loss(x, w):
+            for _ in range(LAYERS):
+                x = x + 1e-3 * form(x, w)
+            return jnp.sum(x)
+
+        shapes = [jax.ShapeDtypeStruct((3, 512), jnp.float32)] * 2
+        return jax.jit(jax.grad(loss)).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(lambda x, w: again(exponential_sums, x, w)) < 0.5 * temporary(exponential_sums)

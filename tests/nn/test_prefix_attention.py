@@ -14,9 +14,10 @@ from lm.nn.prefix_attention import attend_prefix
 from .attention_cases import SCALE, arrays, assert_equals_reference, packed
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
+@pytest.fixture(autouse=True, params=[0, 2**20], ids=["again", "kept"])
+def small_blocks(monkeypatch, request):
     monkeypatch.setattr(prefix_attention, "BLOCK", 16)
+    monkeypatch.setattr(prefix_attention, "KEPT", request.param)
 
 
 @pytest.mark.parametrize(("T", "kv_heads"), [(1, 4), (65, 2)])
@@ -45,3 +46,21 @@ def test_without_causality_it_is_the_reference():
     how = {"scale": SCALE, "softcap": None, "numerics": numerics("float32"), "dropout": None}
     mask = AttentionMask(False)
     assert jnp.array_equal(attend_prefix(q, k, v, mask, **how), attend(q, k, v, mask, **how))
+
+
+def test_of_long_rows_the_backward_pass_keeps_no_probabilities(monkeypatch):
+    """Of eight layers one after another: 8 x 10 / 16 T² numbers for each head."""
+    how = {"scale": SCALE, "softcap": None, "numerics": numerics("float32"), "dropout": None}
+    T, layers = 256, 8
+    shape = jax.ShapeDtypeStruct((1, T, 2, 8), jnp.float32)
+
+    def loss(x):
+        for _ in range(layers):
+            x = x + attend_prefix(x, x, x, AttentionMask(True), **how)
+        return jnp.sum(x)
+
+    def temporary(kept):
+        monkeypatch.setattr(prefix_attention, "KEPT", kept)
+        return jax.jit(jax.grad(loss)).lower(shape).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(T) - temporary(T - 1) > (layers - 1) * 2 * T * T / 2 * 4
