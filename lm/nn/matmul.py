@@ -22,6 +22,9 @@ Array = jax.Array
 _LANES = 8
 LEAST_SHARED = 2**18
 """Numbers of a matrix from which threads share its product: fewer take less time than the threads' meeting."""
+LEAST_CAST_AGAIN = 2**20
+"""Numbers of a matrix from which a CPU casts it again in the backward pass, not to hold two bytes a parameter since the
+forward pass. Of smaller ones the time would tell."""
 
 
 class Numerics(NamedTuple):
@@ -69,8 +72,7 @@ def _product_backward(
 ) -> tuple[Array, Array]:
     x, w = saved
     dw = sum_of_rows(g, x, numerics) if transpose_w else sum_of_rows(x, g, numerics)
-    if w.dtype != numerics.dtype and w.size >= LEAST_SHARED:
-        # Cast again on a CPU, not held since the forward pass: two bytes a parameter. Small ones aren't worth the time.
+    if w.dtype != numerics.dtype and w.size >= LEAST_CAST_AGAIN:
         w = lax.platform_dependent(w, dw, cpu=late, default=lambda w, dw: w)
     dx = product(g, w, not transpose_w, numerics)
     return dx.astype(x.dtype), dw.astype(w.dtype)
