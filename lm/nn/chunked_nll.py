@@ -174,6 +174,7 @@ class _Objective(NamedTuple):
         return self.of(logits_BTV, nll_BT, log_z_BT, vocabulary)
 
     def of(self, logits_BTV: Array, nll_BT: Array, log_z_BT: Array, vocabulary: int) -> _Losses:
+        """The losses where nll and log Z are known."""
         smooth = self.smoothing is not None
         return _Losses(nll_BT, log_z_BT, uniform_nll(logits_BTV, log_z_BT, vocabulary=vocabulary) if smooth else None)
 
@@ -211,11 +212,13 @@ class _Form(NamedTuple):
         """One of `tiles` parts of w, in the compute dtype."""
         return _tile(w, tile, self.tiles, self.vocabulary_axis).astype(self.numerics.dtype)
 
-    def product(self, matrix: Array, x_GMD: Array) -> Array:
+    def product(self, matrix: Array, x_GMK: Array, *, back: bool = False) -> Array:
+        """x · matrix, [G, M, V], float32; or `back`, of a gradient of that, [G, M, D]."""
         w_G = jnp.broadcast_to(matrix[None], (self.groups, *matrix.shape))
-        return product(x_GMD, w_G, self.tied, self.numerics)
+        return product(x_GMK, w_G, self.tied != back, self.numerics)
 
     def finish(self, logits_GMV: Array, bias_V: Array | None) -> Array:
+        """The logits of what `product` gives of the whole matrix."""
         logits_GMV = self.constrain(logits_GMV, ("batch", "length", "vocab"))
         return finish_logits(logits_GMV, bias_V, vocabulary=self.vocabulary, softcap=self.softcap)
 
@@ -358,10 +361,8 @@ def _gradient_products(
     """Of a chunk with the gradient d of its logits: dx, [G, M, D], and dw_G with its own added; float32."""
 
     def of(matrix: Array, d_GMV: Array, dw_G: Array) -> tuple[Array, Array]:
-        w_G = jnp.broadcast_to(matrix[None], (form.groups, *matrix.shape))
         left, right = (d_GMV, x_GMD) if form.tied else (x_GMD, d_GMV)
-        dx_GMD = product(d_GMV, w_G, not form.tied, form.numerics)
-        return dx_GMD, dw_G + sum_of_rows(left, right, form.numerics)
+        return form.product(matrix, d_GMV, back=True), dw_G + sum_of_rows(left, right, form.numerics)
 
     def whole(matrix: Array) -> tuple[Array, Array]:
         return of(matrix, d_GMV, dw_G)
@@ -393,11 +394,13 @@ def _by_tiles(
 
 
 def _tile(x: Array, tile: Array, tiles: int, axis: int) -> Array:
+    """One of `tiles` equal parts of an axis."""
     width = x.shape[axis] // tiles
     return lax.dynamic_slice_in_dim(x, tile * width, width, axis)
 
 
 def _with_tile(x: Array, own: Array, tile: Array, axis: int) -> Array:
+    """x with one of these parts replaced."""
     return lax.dynamic_update_slice_in_dim(x, own, tile * own.shape[axis], axis)
 
 

@@ -34,7 +34,7 @@ def again(compute: Callable[..., Array], *args: Any) -> Array:
     `jax.checkpoint` does that by barriers, which on CPUs are gone when instructions are put in order.
 
     Args:
-      compute: differentiable; it has all that is traced from its arguments.
+      compute: differentiable; whatever is traced comes to it as an argument, not by closure.
       args: arrays whose first axis is that of the result, or None. Those of whole numbers have no gradient.
     """
 
