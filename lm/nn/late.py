@@ -17,14 +17,17 @@ def late(x: Array, after: Array) -> Array:
 
     Of what the forward pass kept, XLA would compute whatever follows from that alone at once, and hold it until the
     backward pass gets there. A barrier keeps it from that on GPUs and TPUs. On CPUs barriers are gone when instructions
-    are put in order (but not yet when it would keep in float32 what it is given in bfloat16); there 0 · after is added,
-    which nothing simplifies, since it is NaN where `after` isn't finite. A gradient that isn't finite is lost anyway.
+    are put in order; there 0 · after is added, which nothing simplifies, since it is NaN where `after` isn't finite. A
+    gradient that isn't finite is lost anyway. What is narrow has a barrier there too, or it would be kept as it was in
+    float32; what is float32 has none: before one XLA makes a copy of each layer's slice of the stacked weights.
     """
+
+    def on_cpu(x: Array, after: Array) -> Array:
+        kept = x if x.dtype == jnp.float32 else lax.optimization_barrier(x)
+        return kept + (0.0 * after).astype(x.dtype)
+
     return lax.platform_dependent(
-        x,
-        after,
-        cpu=lambda x, after: lax.optimization_barrier(x) + (0.0 * after).astype(x.dtype),
-        default=lambda x, after: lax.optimization_barrier((x, after))[0],
+        x, after, cpu=on_cpu, default=lambda x, after: lax.optimization_barrier((x, after))[0]
     )
 
 
