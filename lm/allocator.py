@@ -11,12 +11,15 @@ from pathlib import Path
 SWITCH = "LM_ALLOCATOR"
 """Environment variable: "system" leaves the allocator as it is."""
 
-# mallopt(3)
+# mallopt(3), madvise(2)
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+_MADV_HUGEPAGE = 14
+_HUGE_PAGE = 2**21
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/accel0", "/dev/accel", "/dev/vfio/0", "/dev/dxg")
 
 
 _said: str | None = None  # of the process, as malloc is
+_huge = False
 _inline = False
 
 
@@ -34,10 +37,13 @@ def keep_freed_memory() -> None:
     told. So where the CPU is one device, `compute_inline` has the asking thread compute. With several, all threads
     share one arena, and wait for each other in it: small steps, and compiling, take up to half as long again.
 
+    The kernel is asked for huge pages, where it gives them to who asks: of small ones looking up their addresses takes
+    a twelfth of a step.
+
     To be called before the first thread begins. Left alone: other systems, accelerators, and a user who has chosen an
     allocator or its settings.
     """
-    global _said
+    global _said, _huge
     if not (sys.platform == "linux" and _is_glibc() and _on_cpu(os.environ) and _undecided(os.environ)):
         return
     mallopt = ctypes.CDLL(None).mallopt
@@ -46,7 +52,9 @@ def keep_freed_memory() -> None:
         settings.append((_ARENA_MAX, 1))
     done = [mallopt(name, value) for name, value in settings]
     if all(done):
-        _said = f"allocator  glibc's keeps what a step frees for the next ({SWITCH}=system leaves it as it was)"
+        _huge = _ask_for_huge_pages()
+        pages = ", in huge pages" if _huge else ""
+        _said = f"allocator  glibc's keeps what a step frees for the next{pages} ({SWITCH}=system leaves it as it was)"
 
 
 def compute_inline() -> None:
@@ -72,6 +80,37 @@ def give_back() -> None:
     than the program that comes of it."""
     if _said is not None:
         ctypes.CDLL(None).malloc_trim(0)
+    if _huge:
+        _ask_for_huge_pages()  # what was asked for has been given back, too
+
+
+def _ask_for_huge_pages() -> bool:
+    """Has the heap grow to half of the machine's memory in addresses, none of it touched, and asks for huge pages in
+    them. Whether they come. Not where addresses are counted, or the kernel gives all or none."""
+    import resource  # Unix has it
+
+    try:
+        setting = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+        strict = Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2"
+    except OSError:
+        return False
+    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    if "[madvise]" not in setting or strict or any(limit != resource.RLIM_INFINITY for limit in limits):
+        return False
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_size_t],
+        [ctypes.c_void_p],
+    )
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    block = libc.malloc(size)
+    if block is None:
+        return False
+    libc.free(block)  # the heap keeps the addresses: it is never trimmed
+    first = -(-block // _HUGE_PAGE) * _HUGE_PAGE
+    return libc.madvise(first, block + size - first, _MADV_HUGEPAGE) == 0
 
 
 def _is_glibc() -> bool:

@@ -12,8 +12,10 @@ import pytest
 from lm import allocator
 
 PROGRAM = """
-import ctypes, resource
+import ctypes, os, resource
 from lm import allocator
+if {limited}:
+    resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36))
 allocator.keep_freed_memory()
 print(allocator.note())
 libc = ctypes.CDLL(None)
@@ -26,27 +28,54 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     touch()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-touch()
-print(faults())
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+print(faults(), faults(), resident())
 allocator.give_back()
-print(faults())
+print(resident(), faults(), faults())
 """
+GLIBC = pytest.mark.skipif(
+    not (sys.platform == "linux" and allocator._is_glibc()), reason="glibc's malloc alone is told"
+)
 
 
-@pytest.mark.skipif(not (sys.platform == "linux" and allocator._is_glibc()), reason="glibc's malloc alone is told")
-def test_a_block_freed_is_used_again_without_page_faults_unless_given_back():
-    def faults(**environment):
-        environment = {"PATH": os.environ["PATH"], "JAX_PLATFORMS": "cpu", **environment}
-        command = [sys.executable, "-c", PROGRAM]
-        said, *counts = subprocess.run(
-            command, env=environment, capture_output=True, text=True, check=True, cwd=Path.cwd()
-        ).stdout.splitlines()
-        return said, *map(int, counts)
+def said_and_counted(*, limited=False, **environment):
+    environment = {"PATH": os.environ["PATH"], "JAX_PLATFORMS": "cpu", **environment}
+    command = [sys.executable, "-c", PROGRAM.format(limited=limited)]
+    said, before, after = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True, cwd=Path.cwd()
+    ).stdout.splitlines()
+    return said, [int(count) for count in before.split()], [int(count) for count in after.split()]
 
-    said, kept, given_back = faults()
-    assert said.startswith("allocator") and kept < 100 and given_back > 1000
-    said, count, _ = faults(LM_ALLOCATOR="system")
-    assert said == "None" and count > 1000
+
+@GLIBC
+@pytest.mark.parametrize("limited", [False, True])
+def test_a_block_freed_is_used_again_without_page_faults_unless_given_back(limited):
+    said, (_, again, held), (resident, _, later) = said_and_counted(limited=limited)
+    assert said.startswith("allocator") and again < 100 and later < 100
+    assert resident < held - 0.9 * 2**26
+
+
+@GLIBC
+def test_a_user_can_leave_it_as_it_was():
+    said, (first, again, _), _ = said_and_counted(LM_ALLOCATOR="system")
+    assert said == "None" and first > 1000 and again > 1000
+
+
+HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@GLIBC
+@pytest.mark.skipif(not HUGE.is_file() or "[madvise]" not in HUGE.read_text(), reason="the kernel gives all or none")
+def test_it_is_in_huge_pages_before_and_after_it_was_given_back():
+    said, (first, *_), (_, after, _) = said_and_counted()
+    assert "huge pages" in said and first < 1000 and after < 1000
+
+
+@GLIBC
+def test_no_addresses_are_taken_where_they_are_counted():
+    said, (first, *_), _ = said_and_counted(limited=True)
+    assert "huge pages" not in said and first > 1000
 
 
 INLINE = """
@@ -58,7 +87,7 @@ print(jax.jit(lambda x: x @ x @ x @ x)(jax.numpy.ones((2000, 2000))).is_ready())
 """
 
 
-@pytest.mark.skipif(not (sys.platform == "linux" and allocator._is_glibc()), reason="glibc's malloc alone is told")
+@GLIBC
 def test_the_thread_that_asks_for_a_computation_does_it():
     """When the call returns, the result is there."""
 
