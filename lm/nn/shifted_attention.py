@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lm.nn.attention import AttentionMask
+from lm.nn.exponential import exp2_below
 from lm.nn.layers import Dropout
 from lm.nn.matmul import Numerics, heads_first, product
 from lm.nn.prefix_attention import attend_prefix
@@ -100,7 +101,7 @@ def _sums(
     def sums(queries: slice, keys: slice, *, causal: bool) -> Array:
         n, S = queries.stop - queries.start, keys.stop - keys.start
         s_BKMS = product(q_BNTH[:, :, queries].reshape(B, K, G * n, H), k_BKTH[:, :, keys], True, numerics)
-        e_BKGnS = _exp2_below(base_two * s_BKMS.reshape(B, K, G, n, S) - own_BKGT[..., queries, None])
+        e_BKGnS = exp2_below(base_two * s_BKMS.reshape(B, K, G, n, S) - own_BKGT[..., queries, None], BELOW)
         allowed = mask._replace(
             causal=causal,
             query_segments_BT=None if mask.query_segments_BT is None else mask.query_segments_BT[:, queries],
@@ -120,25 +121,3 @@ def _sums(
             sums_BKMV += sums(queries, slice(first, begin), causal=False)
         blocks.append(sums_BKMV.reshape(B, N, -1, H + 1))
     return jnp.concatenate(blocks, axis=2)
-
-
-def _exp2_below(x: Array) -> Array:
-    """2^(x - BELOW), float32, to 3e-7 of it; x is clipped to where that is a normal number, NaN to the greatest. Half
-    the time of XLA's.
-
-    x is a whole number, which its sum with 1.5 · 2^23 has in its lowest bits, and a rest f of at most 1/2. Of 2^f this
-    is the polynomial of the fifth degree that has the least greatest relative error, 8e-8.
-    """
-    least, greatest = BELOW - 126.0, BELOW + 127.0
-    x = jnp.where(x < greatest, x, greatest)  # an instruction, where min is three: it keeps NaN
-    x = jnp.where(x > least, x, least)
-    rounded = lax.bitcast_convert_type(x + 1.5 * 2.0**23, jnp.int32)
-    f = x - (rounded - _ROUNDED_ZERO).astype(jnp.float32)
-    c = [2.0**-BELOW * c for c in (1.0, 6.9314697e-1, 2.4022120e-1, 5.5507133e-2, 9.6755413e-3, 1.3276471e-3)]
-    f2 = f * f
-    y = (c[0] + c[1] * f) + f2 * (c[2] + c[3] * f) + (f2 * f2) * (c[4] + c[5] * f)
-    return lax.bitcast_convert_type(lax.bitcast_convert_type(y, jnp.int32) + (rounded << 23), jnp.float32)
-
-
-_ROUNDED_ZERO = 0x4B400000
-"""The bits of 1.5 · 2^23."""

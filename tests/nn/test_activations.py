@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,3 +31,12 @@ def test_the_gradient_of_gelu_is_the_formulas(dtype):
 
     x = jnp.concatenate([jnp.linspace(-6, 6, 101), jnp.array([-100.0, 0.0, 100.0])])
     assert_gradients_equal(gelu, formula, x.astype(dtype))
+
+
+def test_the_slope_of_gelu_is_exact_to_rounding():
+    """Against float64; erf in float32, too, is good to 2e-7."""
+    x = np.linspace(-12, 12, 20_001).astype(np.float32)
+    slope = np.asarray(jax.jit(jax.vmap(jax.grad(gelu)))(x), np.float64)
+    normal = np.exp(-(x.astype(np.float64) ** 2) / 2) / math.sqrt(2 * math.pi)
+    wanted = np.array([0.5 * math.erfc(-u / math.sqrt(2)) for u in x.tolist()]) + x * normal
+    np.testing.assert_allclose(slope, wanted, atol=4e-7)

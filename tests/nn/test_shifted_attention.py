@@ -12,7 +12,7 @@ import pytest
 from lm.nn import shifted_attention
 from lm.nn.attention import AttentionMask, attend
 from lm.nn.matmul import numerics
-from lm.nn.shifted_attention import BELOW, MOST, attend_shifted
+from lm.nn.shifted_attention import MOST, attend_shifted
 
 from .attention_cases import SCALE, arrays, assert_equals_reference, compute, packed
 
@@ -102,11 +102,3 @@ def test_queries_that_begin_later_in_the_row():
 
 def test_gradients_are_the_references():
     assert_equals_reference(attend_shifted, *arrays(65, 4, 2), packed(2, 65, causal=True, window=20))
-
-
-def test_the_exponential():
-    x = np.concatenate([np.linspace(BELOW - 126, BELOW + 126.4, 100_001), np.linspace(-1, 1, 10_001)]).astype(
-        np.float32
-    )
-    y = np.asarray(jax.jit(shifted_attention._exp2_below)(x), np.float64)
-    np.testing.assert_allclose(y, 2.0 ** (x.astype(np.float64) - BELOW), rtol=3e-7)
