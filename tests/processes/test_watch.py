@@ -19,4 +19,5 @@ def test_the_end_of_the_first_process_is_known_without_an_answer_of_the_service(
         for process in processes:
             process.kill()
     assert left.status == watch.LOST_STATUS, left
-    assert left.stderr.splitlines()[-1] == "error: process 0 is gone, which the others depend on.", left
+    # JAX's own service may say what it saw on a line after it.
+    assert "error: process 0 is gone, which the others depend on." in left.stderr.splitlines(), left
