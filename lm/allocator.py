@@ -38,7 +38,7 @@ def keep_freed_memory() -> None:
     share one arena, and wait for each other in it: small steps, and compiling, take up to half as long again.
 
     The kernel is asked for huge pages, where it gives them to who asks: of small ones looking up their addresses takes
-    a twelfth of a step.
+    a twentieth of a step.
 
     To be called before the first thread begins. Left alone: other systems, accelerators, and a user who has chosen an
     allocator or its settings.
@@ -86,7 +86,7 @@ def give_back() -> None:
 
 def _ask_for_huge_pages() -> bool:
     """Has the heap grow to half of the machine's memory in addresses, none of it touched, and asks for huge pages in
-    them. Whether they come. Not where addresses are counted, or the kernel gives all or none."""
+    them. Whether the kernel agrees. Not where addresses are counted, or the kernel gives all or none."""
     import resource  # Unix has it
 
     try:
@@ -98,17 +98,14 @@ def _ask_for_huge_pages() -> bool:
     if "[madvise]" not in setting or strict or any(limit != resource.RLIM_INFINITY for limit in limits):
         return False
     libc = ctypes.CDLL(None)
-    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
-        ctypes.c_void_p,
-        [ctypes.c_size_t],
-        [ctypes.c_void_p],
-    )
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     block = libc.malloc(size)
     if block is None:
         return False
-    libc.free(block)  # the heap keeps the addresses: it is never trimmed
+    libc.free(block)  # the heap keeps the addresses: `give_back` alone trims it
     first = -(-block // _HUGE_PAGE) * _HUGE_PAGE
     return libc.madvise(first, block + size - first, _MADV_HUGEPAGE) == 0
 

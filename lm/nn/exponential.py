@@ -12,7 +12,8 @@ _ROUNDED_ZERO = 0x4B400000
 
 
 def exp2_below(x: Array, below: int) -> Array:
-    """2^(x - below), float32, to 3e-7 of it; x is clipped to where that is a normal number, NaN to the greatest.
+    """2^(x - below), to 3e-7 of it; x, float32 of any shape, is clipped to where that is a normal number, NaN to the
+    greatest.
 
     x is a whole number, which its sum with 1.5 · 2^23 has in its lowest bits, and a rest f of at most 1/2. Of 2^f this
     is the polynomial of the fifth degree that has the least greatest relative error, 8e-8.
