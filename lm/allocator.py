@@ -15,6 +15,7 @@ SWITCH = "LM_ALLOCATOR"
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _MADV_HUGEPAGE = 14
 _HUGE_PAGE = 2**21
+_HUGE_PAGES_WANTED = "glibc.malloc.hugetlb=1"  # of GLIBC_TUNABLES: what we ask for, too
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/accel0", "/dev/accel", "/dev/vfio/0", "/dev/dxg")
 
 
@@ -135,6 +136,9 @@ def _undecided(environment: Mapping[str, str]) -> bool:
     return (
         environment.get(SWITCH) != "system"
         and not any(name.startswith("MALLOC_") for name in environment)
-        and "glibc.malloc" not in environment.get("GLIBC_TUNABLES", "")
+        and all(
+            not tunable.startswith("glibc.malloc") or tunable == _HUGE_PAGES_WANTED
+            for tunable in environment.get("GLIBC_TUNABLES", "").split(":")
+        )
         and "malloc" not in environment.get("LD_PRELOAD", "")
     )

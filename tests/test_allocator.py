@@ -105,10 +105,12 @@ def test_the_thread_that_asks_for_a_computation_does_it():
 
 def test_who_has_chosen_an_allocator_keeps_it():
     assert allocator._undecided({"GLIBC_TUNABLES": "glibc.cpu.x86_shstk=off"})
+    assert allocator._undecided({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.cpu.x86_shstk=off"})
     for name, value in (
         ("LM_ALLOCATOR", "system"),
         ("MALLOC_ARENA_MAX", "2"),
-        ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
+        ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=2"),
+        ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=1048576"),
         ("LD_PRELOAD", "/usr/lib/libjemalloc.so.2"),
     ):
         assert not allocator._undecided({name: value})
