@@ -41,6 +41,16 @@ def test_scores_that_causality_masks_are_not_made():
     assert products(attend_prefix) < 0.7 * products(attend)  # 10 of 16 blocks
 
 
+@pytest.mark.parametrize("window", [None, 20])
+def test_no_gradient_of_a_block_is_padded_to_the_whole(window):
+    how = {"scale": SCALE, "softcap": None, "numerics": numerics("float32"), "dropout": None}
+
+    def loss(q, k, v):
+        return jnp.sum(attend_prefix(q, k, v, AttentionMask(True, window=window), **how))
+
+    assert " pad[" not in str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(*arrays(64, 2, 2)))
+
+
 def test_without_causality_it_is_the_reference():
     q, k, v = arrays(40, 2, 2)
     how = {"scale": SCALE, "softcap": None, "numerics": numerics("float32"), "dropout": None}
