@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lm.nn.late import late
 from lm.nn.layers import Dropout, drop
@@ -155,6 +156,8 @@ def _backward(
     q, k, v, bias, p, o = saved
     p, o = late(p, do[..., :1]), late(o, do)
     meet = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1, keepdims=True)
+    # XLA's CPU library would take the product's result in with this sum, and compute it an operation at a time.
+    meet = lax.platform_dependent(meet, cpu=lax.optimization_barrier, default=lambda meet: meet)
     dp = product(do, v, True, numerics)
     dbias = None if bias is None else jnp.sum(p * (dp - meet), axis=0).astype(bias.dtype)
     ds = scale * p * (dp - meet)

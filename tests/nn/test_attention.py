@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,3 +154,17 @@ def test_dropout_on_probabilities_keeps_the_mean():
     ]
     assert abs(float(np.mean(dropped)) - 1) < 0.02
     assert float(np.std(dropped)) > 0
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="the barrier is gone when its CPU compiler forms fusions")
+def test_no_product_of_the_backward_pass_is_computed_within_a_sum():
+    """XLA's CPU library would do so: Σ do · o, which what is made of do · vᵀ reads."""
+    shapes = [jax.ShapeDtypeStruct((2, 128, 4, 32), jnp.float32)] * 3
+
+    def loss(q, k, v):
+        return jnp.sum(run(q, k, v, AttentionMask(True), dtype="bfloat16") ** 2)
+
+    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*shapes).compile().as_text()
+    computations = re.split(r"^}", text, flags=re.MULTILINE)
+    products = [each for each in computations if " dot(" in each and not re.search("^ENTRY", each, re.MULTILINE)]
+    assert not any(" reduce(" in each for each in products)
