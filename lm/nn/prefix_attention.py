@@ -71,10 +71,10 @@ def attend_prefix(
 
 
 def _parts(x_BS: Array, ranges: Sequence[slice]) -> list[Array]:
-    """x[:, range] of each.
+    """x[:, range] of each, of an x [B, S, ...].
 
     Of more than two the gradients are summed piece by piece, between one bound and the next. XLA would pad each to the
-    whole and add those, and take a twentieth of a step of GPT-2 for it.
+    whole and add those, and take a twentieth of a step of GPT-2 for it. Of two it takes no longer than the pieces.
     """
     if len(ranges) <= 2:
         return [x_BS[:, each] for each in ranges]
