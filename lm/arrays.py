@@ -140,7 +140,12 @@ def _orbax() -> Any:
     """Orbax, imported when first needed (0.4 s), its chatter silenced."""
     import orbax.checkpoint as ocp
 
-    logging.getLogger("absl").addFilter(
-        lambda record: record.levelno >= logging.ERROR or "orbax" not in Path(record.pathname).parts
-    )
+    logging.getLogger("absl").addFilter(_is_news)
     return ocp
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of the log is shown. Of Orbax's only errors, without those that it raises as well: it logs their
+    traceback."""
+    told = record.levelno >= logging.ERROR and not record.exc_info
+    return told or "orbax" not in Path(record.pathname).parts

@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lm.processes import coordination
@@ -226,8 +226,15 @@ def fail(status: int, message: str) -> None:
 
 def wait_for_word(error: BaseException) -> None:
     """Where an error may come of another process's end, waits until the watch has found that out, and ends with it."""
-    if watching() and _FROM_DEVICES.search(str(error)):
+    if watching() and any(_FROM_DEVICES.search(str(each)) for each in _with_causes(error)):
         time.sleep(LOST_SECONDS + 5)
+
+
+def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it was raised from, what that was, and so on: Orbax tells of a lost process as of a timeout."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _gone(processes: list[int]) -> str:

@@ -193,6 +193,19 @@ def test_a_killed_process_makes_the_others_stop_with_a_message(stopped, killed):
     assert "Traceback" not in left.stderr
 
 
+def test_a_process_killed_while_it_saves_makes_the_others_stop_with_a_message(short, tmp_path):
+    """The other waits for it within Orbax, whose thread gets the error, and tells of it as of a timeout."""
+    workdir = tmp_path / "run"
+    command = arguments(short, workdir)
+    own = QUICKLY | {"LM_TEST_KILLED": str(STEPS)}
+    killing = ["-m", "tests.end_to_end.killed_while_saving", *command[1:]]
+    killed, left = (commands.finish(each) for each in commands.start_each(killing, killing, environments=[own, own]))
+    assert killed.status == -signal.SIGKILL and left.status == watch.LOST_STATUS, (killed, left)
+    assert len(re.findall(rf"error: process 0 is gone.*\. The last checkpoint is of step {HALF}, ", left.stderr)) == 1
+    assert "Traceback" not in left.stderr
+    assert commands.steps(workdir) == [HALF]
+
+
 def test_the_same_command_continues_after_a_kill_also_in_one_process(stopped):
     run = stopped[signal.SIGKILL, 1]
     last = commands.steps(run.workdir)[-1]
