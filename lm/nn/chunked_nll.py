@@ -2,7 +2,8 @@
 
 Whole, they are the largest array of a step: a batch of 8 x 1024 tokens over 50 304 ids is 1.6 GB of float32, in several
 copies. The loss of training is one weighted sum, so that the gradient of each chunk's logits is known as soon as they
-are: all gradients are made in the forward pass, by the three products of the head, and nothing is computed again.
+are: all gradients are made in the forward pass, by the three products of the head. Nothing is computed again, but for
+the logits of a large vocabulary in bfloat16 on a CPU.
 
 Shapes: B batch, T position, C positions of a row in a chunk, D model width, V vocabulary rows; G groups of rows of the
 batch, one a device that the batch is split over, and M = B/G · C positions of a group in a chunk.
@@ -27,9 +28,10 @@ Array = jax.Array
 
 CHUNK_ENTRIES = 2**20
 CHUNK_POSITIONS = 256
-TILE_ENTRIES, MOST_TILES = 2**22, 8
-"""On a CPU a large matrix is taken tile by tile, in all three products: none of them needs a copy of it in the compute
-dtype, or something of its size to be added to its gradient."""
+TILE_ENTRIES, MOST_TILES, TILE_POSITIONS = 2**21, 16, 1024
+"""On a CPU a large matrix is taken tile by tile in bfloat16. No product needs a copy of it in that dtype, or something
+of its size to be added to its gradient; and the logits are made twice, which takes less time than to write them down
+and read them. In float32 it takes more. Of more positions at once a tile's arrays would leave the caches."""
 
 
 def chunk_length(rows: int, width: int, vocabulary_rows: int) -> int:
@@ -57,12 +59,12 @@ def _shards(constrain: Constrain, length: int, axis: str) -> int:
     return length // shardings[-1].shard_shape((length,))[0] if split else 1
 
 
-def _tiles(entries: int, vocabulary_rows: int) -> int:
-    """Equal parts of a matrix's vocabulary rows."""
+def _tiles(entries: int, vocabulary_rows: int, dtype: str) -> int:
+    """Equal parts of a matrix's vocabulary rows, in that compute dtype."""
     tiles = 1
     while 2 * tiles <= MOST_TILES and vocabulary_rows % (2 * tiles) == 0 and entries >= 2 * tiles * TILE_ENTRIES:
         tiles *= 2
-    return tiles
+    return tiles if dtype == "bfloat16" else 1
 
 
 def head_nll(
@@ -94,7 +96,7 @@ def head_nll(
         )
         return token_nll(logits_BTV, targets_BT)
     form, w, bias_V = _form(params, x_BTD, chunk, vocabulary, softcap, _Objective(), numerics, constrain)
-    return _losses(form, w, bias_V, form.pad(x_BTD), form.pad(targets_BT)).nll[:, :T]
+    return _losses(form, w, bias_V, x_BTD, targets_BT).nll
 
 
 def head_loss(
@@ -130,7 +132,7 @@ def head_loss(
         )
         return objective.sums(objective.losses(logits_BTV, targets_BT, vocabulary), weights_BT)
     form, w, bias_V = _form(params, x_BTD, chunk, vocabulary, softcap, objective, numerics, constrain)
-    return _chunked_loss(form, w, bias_V, *(form.pad(x) for x in (x_BTD, targets_BT, weights_BT)))
+    return _chunked_loss(form, w, bias_V, x_BTD, targets_BT, weights_BT)
 
 
 def _form(
@@ -150,7 +152,7 @@ def _form(
     w = params["embed"]["tokens"] if tied else head["kernel"]
     groups = batch_shards(constrain, x_BTD.shape[0])
     V = w.shape[0 if tied else 1]
-    tiles = _tiles(w.size, V) if groups == _shards(constrain, V, "vocab") == 1 else 1
+    tiles = _tiles(w.size, V, numerics.dtype) if groups == _shards(constrain, V, "vocab") == 1 else 1
     form = _Form(tied, vocabulary, softcap, objective, numerics, constrain, groups, chunks, tiles)
     return form, w, head.get("bias")
 
@@ -171,10 +173,6 @@ class _Objective(NamedTuple):
 
     def losses(self, logits_BTV: Array, targets_BT: Array, vocabulary: int) -> _Losses:
         nll_BT, log_z_BT = token_losses(logits_BTV, targets_BT)
-        return self.of(logits_BTV, nll_BT, log_z_BT, vocabulary)
-
-    def of(self, logits_BTV: Array, nll_BT: Array, log_z_BT: Array, vocabulary: int) -> _Losses:
-        """The losses where nll and log Z are known."""
         smooth = self.smoothing is not None
         return _Losses(nll_BT, log_z_BT, uniform_nll(logits_BTV, log_z_BT, vocabulary=vocabulary) if smooth else None)
 
@@ -212,10 +210,22 @@ class _Form(NamedTuple):
         """One of `tiles` parts of w, in the compute dtype."""
         return _tile(w, tile, self.tiles, self.vocabulary_axis).astype(self.numerics.dtype)
 
+    def width(self, w: Array) -> int:
+        """The vocabulary rows of a tile."""
+        return w.shape[self.vocabulary_axis] // self.tiles
+
     def product(self, matrix: Array, x_GMK: Array, *, back: bool = False) -> Array:
         """x · matrix, [G, M, V], float32; or `back`, of a gradient of that, [G, M, D]."""
         w_G = jnp.broadcast_to(matrix[None], (self.groups, *matrix.shape))
         return product(x_GMK, w_G, self.tied != back, self.numerics)
+
+    def matrix_gradient(self, d_GMV: Array, x_GMD: Array) -> Array:
+        """The gradient of w by a gradient of `product`, as w and a G before it, float32."""
+        return sum_of_rows(*((d_GMV, x_GMD) if self.tied else (x_GMD, d_GMV)), self.numerics)
+
+    def in_tiles(self, rows: int, length: int) -> _Form:
+        """With chunks of at most TILE_POSITIONS of rows of that length, or of one position of each."""
+        return self._replace(chunks=min(math.ceil(rows * length / TILE_POSITIONS), length))
 
     def finish(self, logits_GMV: Array, bias_V: Array | None) -> Array:
         """The logits of what `product` gives of the whole matrix."""
@@ -234,21 +244,23 @@ class _Form(NamedTuple):
         x_BC = lax.dynamic_slice_in_dim(x_BT, chunk * C, C, axis=1)
         return x_BC.reshape(self.groups, B // self.groups * C, *x_BT.shape[2:])
 
-    def join(self, chunks_GM: Array, rows: int) -> Array:
-        """Chunks [chunks, G, M, ...] to [B, T, ...]."""
-        parts = chunks_GM.reshape(self.chunks, rows, -1, *chunks_GM.shape[3:])
-        return parts.swapaxes(0, 1).reshape(rows, -1, *chunks_GM.shape[3:])
+    def join(self, chunks_GM: Array, like_BT: Array) -> Array:
+        """Chunks [chunks, G, M, ...] to [B, T, ...], without padding."""
+        B, T = like_BT.shape[:2]
+        parts = chunks_GM.reshape(self.chunks, B, -1, *chunks_GM.shape[3:])
+        return parts.swapaxes(0, 1).reshape(B, -1, *chunks_GM.shape[3:])[:, :T]
 
 
 def _losses(form: _Form, w: Array, bias_V: Array | None, x_BTD: Array, targets_BT: Array) -> _Losses:
-    matrix = form.matrix(w)
+    matrix, padded = form.matrix(w), (form.pad(x_BTD), form.pad(targets_BT))
 
     @jax.checkpoint
     def one(chunk: Array) -> _Losses:
-        logits_GMV = form.finish(form.product(matrix, form.cut(x_BTD, chunk)), bias_V)
-        return form.objective.losses(logits_GMV, form.cut(targets_BT, chunk), form.vocabulary)
+        x_GMD, targets_GM = (form.cut(v, chunk) for v in padded)
+        logits_GMV = form.finish(form.product(matrix, x_GMD), bias_V)
+        return form.objective.losses(logits_GMV, targets_GM, form.vocabulary)
 
-    return jax.tree.map(lambda part: form.join(part, x_BTD.shape[0]), lax.map(one, jnp.arange(form.chunks)))
+    return jax.tree.map(lambda part: form.join(part, targets_BT), lax.map(one, jnp.arange(form.chunks)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -262,26 +274,32 @@ def _forward(
     form: _Form, w: Array, bias_V: Array | None, x_BTD: Array, targets_BT: Array, weights_BT: Array
 ) -> tuple[tuple[Array, Array], tuple[Array, Array | None, Array]]:
     """The sums, and the gradients of the objective: of the matrix, the bias and x."""
-    matrix = form.matrix(w)
 
-    def add(sums: tuple[Array, Array | None], chunk: Array) -> tuple[tuple[Array, Array | None], tuple]:
-        x_GMD, targets_GM, weights_GM = (form.cut(v, chunk) for v in (x_BTD, targets_BT, weights_BT))
-        logits_GMV, losses_GM = _logits(form, w, matrix, bias_V, x_GMD, targets_GM)
-        d_GMV = _logits_gradient(form, logits_GMV, targets_GM, losses_GM.log_z, weights_GM)
-        dw_G, db_GV = sums
-        dx_GMD, dw_G = _gradient_products(form, w, matrix, x_GMD, d_GMV, dw_G)
-        dw_G = _place(form, dw_G)
-        db_GV = None if db_GV is None else db_GV + jnp.sum(d_GMV, axis=1)
-        return (dw_G, db_GV), (losses_GM, dx_GMD.astype(x_BTD.dtype))
+    def run(form: _Form, add: Callable[..., tuple[_Sums, _Losses, Array]]) -> tuple[Any, Any]:
+        padded = [form.pad(v) for v in (x_BTD, targets_BT, weights_BT)]
 
-    # A sum a group: each device adds up its own rows, and the devices are summed once, after the last chunk.
-    dw_G = _place(form, jnp.zeros((form.groups, *w.shape), jnp.float32))
-    db_GV = None if bias_V is None else jnp.zeros((form.groups, *bias_V.shape), jnp.float32)
-    (dw_G, db_GV), parts = lax.scan(add, (dw_G, db_GV), jnp.arange(form.chunks))
-    losses_BT, dx_BTD = jax.tree.map(lambda part: form.join(part, x_BTD.shape[0]), parts)
-    db_V = None if db_GV is None or bias_V is None else db_GV.sum(0).astype(bias_V.dtype)
-    gradients = dw_G.sum(0).astype(w.dtype), db_V, dx_BTD
-    return form.objective.sums(losses_BT, weights_BT), gradients
+        def one(sums: _Sums, chunk: Array) -> tuple[_Sums, tuple[_Losses, Array]]:
+            sums, losses_GM, dx_GMD = add(form, sums, *(form.cut(v, chunk) for v in padded))
+            return sums, (losses_GM, dx_GMD.astype(x_BTD.dtype))
+
+        # A sum a group: each device adds up its own rows, and the devices are summed once, after the last chunk.
+        dw_G = _place(form, jnp.zeros((form.groups, *w.shape), jnp.float32))
+        sums = _Sums(dw_G, None if bias_V is None else jnp.zeros((form.groups, *bias_V.shape), jnp.float32))
+        sums, parts = lax.scan(one, sums, jnp.arange(form.chunks))
+        losses_BT, dx_BTD = jax.tree.map(lambda part: form.join(part, targets_BT), parts)
+        db_V = None if sums.bias is None or bias_V is None else sums.bias.sum(0).astype(bias_V.dtype)
+        gradients = sums.matrix.sum(0).astype(w.dtype), db_V, dx_BTD
+        return form.objective.sums(losses_BT, weights_BT), gradients
+
+    def whole(w: Array, bias_V: Array | None) -> tuple[Any, Any]:
+        return run(form, functools.partial(_add_whole, form.matrix(w), bias_V))
+
+    def tiled(w: Array, bias_V: Array | None) -> tuple[Any, Any]:
+        return run(form.in_tiles(*targets_BT.shape), functools.partial(_add_tiled, w, bias_V))
+
+    if form.tiles == 1:
+        return whole(w, bias_V)
+    return lax.platform_dependent(w, bias_V, cpu=tiled, default=whole)
 
 
 def _backward(
@@ -295,102 +313,120 @@ def _backward(
 _chunked_loss.defvjp(_forward, _backward)
 
 
-def _logits_gradient(form: _Form, logits_GMV: Array, targets_GM: Array, log_z_GM: Array, weights_GM: Array) -> Array:
-    """The gradient of a head's product, before bias and cap.
+class _Sums(NamedTuple):
+    """The gradients that chunks add to, float32: of the matrix, as w and a G before it, and of the bias, [G, V]."""
+
+    matrix: Array
+    bias: Array | None
+
+
+def _add_whole(
+    matrix: Array, bias_V: Array | None, form: _Form, sums: _Sums, x_GMD: Array, targets_GM: Array, weights_GM: Array
+) -> tuple[_Sums, _Losses, Array]:
+    """A chunk's gradients added to the sums, its losses, and the gradient of x. matrix: as `form.matrix` has it."""
+    logits_GMV = form.finish(form.product(matrix, x_GMD), bias_V)
+    losses_GM = form.objective.losses(logits_GMV, targets_GM, form.vocabulary)
+    ids_GMV = token_ids(logits_GMV)
+    is_target_GMV, is_real_GMV = ids_GMV == targets_GM[:, :, None], ids_GMV < form.vocabulary
+    d_GMV = _logits_gradient(form, logits_GMV, is_target_GMV, is_real_GMV, losses_GM.log_z, weights_GM)
+    matrix_sum = _place(form, sums.matrix + form.matrix_gradient(d_GMV, x_GMD))
+    bias_sum = None if sums.bias is None else sums.bias + jnp.sum(d_GMV, axis=1)
+    return _Sums(matrix_sum, bias_sum), losses_GM, form.product(matrix, d_GMV, back=True)
+
+
+def _add_tiled(
+    w: Array, bias_V: Array | None, form: _Form, sums: _Sums, x_GMD: Array, targets_GM: Array, weights_GM: Array
+) -> tuple[_Sums, _Losses, Array]:
+    """`_add_whole` without logits that are held: all losses first, then all gradients, of logits made again."""
+    losses_GM = _tiled_losses(w, bias_V, form, x_GMD, targets_GM)
+    logits_GM1, true = (losses_GM.log_z - losses_GM.nll)[:, :, None], jnp.ones((1, 1, 1), bool)
+    d_GM1 = _logits_gradient(form, logits_GM1, true, true, losses_GM.log_z, weights_GM)
+    held = form.numerics.dtype if bias_V is None else jnp.float32
+    axis, width = form.vocabulary_axis + 1, form.width(w)
+
+    def add(tile: Array, found: tuple[_Sums, Array]) -> tuple[_Sums, Array]:
+        sums, dx_GMD = found
+        matrix = form.tile(w, tile)
+        logits_GMv, is_real_GMv = _tile_logits(form, matrix, bias_V, x_GMD, tile)
+        d_GMv = _logits_gradient(form, logits_GMv, ~true, is_real_GMv, losses_GM.log_z, weights_GM).astype(held)
+        # The targets' own are put in afterwards: to compare all ids takes as long as the exponentials do.
+        d_GMv = _with_entries(d_GMv, d_GM1[:, :, 0].astype(held), targets_GM - tile * width)
+        own, bias = form.matrix_gradient(d_GMv, x_GMD), sums.bias
+        if form.chunks > 1:
+            own += _tile(sums.matrix, tile, form.tiles, axis)
+        if bias is not None:
+            bias = _with_tile(bias, _tile(bias, tile, form.tiles, axis=1) + jnp.sum(d_GMv, axis=1), tile, axis=1)
+        matrix_sum = _with_tile(sums.matrix, own, tile, axis)
+        return _Sums(matrix_sum, bias), dx_GMD + form.product(matrix, d_GMv, back=True)
+
+    sums, dx_GMD = lax.fori_loop(0, form.tiles, add, (sums, jnp.zeros(x_GMD.shape, jnp.float32)))
+    return sums, losses_GM, dx_GMD
+
+
+def _tiled_losses(w: Array, bias_V: Array | None, form: _Form, x_GMD: Array, targets_GM: Array) -> _Losses:
+    """log Z as it grows, by the greatest logit and Σ exp of all beside it; the target's logit; and Σ of all."""
+    width = form.width(w)
+
+    def add(tile: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
+        most_GM1, sums_GM1, target_GM, total_GM = found
+        logits_GMv, is_real_GMv = _tile_logits(form, form.tile(w, tile), bias_V, x_GMD, tile)
+        more_GM1 = jnp.maximum(most_GM1, jnp.max(logits_GMv, axis=-1, keepdims=True))
+        sums_GM1 = sums_GM1 * jnp.exp(most_GM1 - more_GM1)
+        sums_GM1 += jnp.sum(jnp.exp(logits_GMv - more_GM1), axis=-1, keepdims=True)
+        # A gather: nothing is split, and a sum would be written down.
+        at_GM = targets_GM - tile * width
+        own_GM1 = jnp.take_along_axis(logits_GMv, at_GM[:, :, None], axis=-1, mode="clip")
+        target_GM = jnp.where((at_GM >= 0) & (at_GM < width), own_GM1[:, :, 0], target_GM)
+        if form.objective.smoothing is not None:
+            total_GM += jnp.sum(jnp.where(is_real_GMv, logits_GMv, 0.0), axis=-1)
+        return more_GM1, sums_GM1, target_GM, total_GM
+
+    zeros_GM1 = jnp.zeros((*x_GMD.shape[:2], 1), jnp.float32)
+    start = (zeros_GM1 - jnp.inf, zeros_GM1, zeros_GM1[:, :, 0], zeros_GM1[:, :, 0])
+    most_GM1, sums_GM1, target_GM, total_GM = lax.fori_loop(0, form.tiles, add, start)
+    log_z_GM = (most_GM1 + jnp.log(sums_GM1))[:, :, 0]
+    uniform_GM = None if form.objective.smoothing is None else log_z_GM - total_GM / form.vocabulary
+    return _Losses(log_z_GM - target_GM, log_z_GM, uniform_GM)
+
+
+def _tile_logits(form: _Form, matrix: Array, bias_V: Array | None, x_GMD: Array, tile: Array) -> tuple[Array, Array]:
+    """The logits of a tile of the matrix, [G, M, v], and which of them are of ids below `vocabulary`."""
+    width = matrix.shape[form.vocabulary_axis]
+    padded = form.vocabulary < width * form.tiles
+    vocabulary = form.vocabulary - tile * width if padded else form.vocabulary
+    bias = None if bias_V is None else _tile(bias_V, tile, form.tiles, axis=0)
+    logits_GMv = finish_logits(form.product(matrix, x_GMD), bias, vocabulary=vocabulary, softcap=form.softcap)
+    return logits_GMv, token_ids(logits_GMv) < vocabulary
+
+
+def _logits_gradient(
+    form: _Form, logits_GMV: Array, is_target_GMV: Array, is_real_GMV: Array, log_z_GM: Array, weights_GM: Array
+) -> Array:
+    """The gradient of a head's product, before bias and cap; real: below `vocabulary`.
 
     Of nll it is softmax(logits) - onehot(target), with smoothing softmax(logits) - (1 - ε) onehot(target) - ε / V; of
     log² Z 2 log Z · softmax; the cap has the slope 1 - tanh².
     """
-    ids_GMV = token_ids(logits_GMV)
     softmax_GMV = jnp.exp(logits_GMV - log_z_GM[:, :, None])
     z_loss, smoothing = form.objective
     if z_loss is not None:
         softmax_GMV = softmax_GMV * (1.0 + 2.0 * z_loss * log_z_GM)[:, :, None]
-    target_GMV = ids_GMV == targets_GM[:, :, None]
+    target_GMV: Array = is_target_GMV
     if smoothing is not None:
-        uniform_GMV = jnp.where(ids_GMV < form.vocabulary, smoothing / form.vocabulary, 0.0)
-        target_GMV = (1.0 - smoothing) * target_GMV + uniform_GMV
+        target_GMV = (1.0 - smoothing) * target_GMV + jnp.where(is_real_GMV, smoothing / form.vocabulary, 0.0)
     d_GMV = (softmax_GMV - target_GMV) * weights_GM[:, :, None]
     if form.softcap is not None:
         slope_GMV = 1.0 - jnp.square(logits_GMV / form.softcap)
-        d_GMV = jnp.where(ids_GMV < form.vocabulary, d_GMV * slope_GMV, 0.0)  # -inf past the vocabulary
+        d_GMV = jnp.where(is_real_GMV, d_GMV * slope_GMV, 0.0)  # -inf past the vocabulary
     return d_GMV
 
 
-def _logits(
-    form: _Form, w: Array, matrix: Array, bias_V: Array | None, x_GMD: Array, targets_GM: Array
-) -> tuple[Array, _Losses]:
-    """The logits of a chunk, [G, M, V], float32, and the losses of its tokens. matrix: w as `form.matrix` has it."""
-
-    def whole(matrix: Array) -> tuple[Array, _Losses]:
-        logits_GMV = form.finish(form.product(matrix, x_GMD), bias_V)
-        return logits_GMV, form.objective.losses(logits_GMV, targets_GM, form.vocabulary)
-
-    def tiled(w: Array) -> tuple[Array, _Losses]:
-        """log Z as it grows. A gather of the targets' logits: nothing is split, and a sum would be written down."""
-        V = w.shape[form.vocabulary_axis]
-        width = V // form.tiles
-
-        def one(tile: Array, found: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            logits_GMV, most_GM1, sums_GM1 = found
-            own_GMv = finish_logits(
-                form.product(form.tile(w, tile), x_GMD),
-                None if bias_V is None else _tile(bias_V, tile, form.tiles, axis=0),
-                vocabulary=form.vocabulary if form.vocabulary == V else form.vocabulary - tile * width,
-                softcap=form.softcap,
-            )
-            more_GM1 = jnp.maximum(most_GM1, jnp.max(own_GMv, axis=-1, keepdims=True))
-            sums_GM1 = sums_GM1 * jnp.exp(most_GM1 - more_GM1)
-            sums_GM1 += jnp.sum(jnp.exp(own_GMv - more_GM1), axis=-1, keepdims=True)
-            return _with_tile(logits_GMV, own_GMv, tile, axis=2), more_GM1, sums_GM1
-
-        empty_GM1 = jnp.zeros((*x_GMD.shape[:2], 1), jnp.float32)
-        start = (jnp.zeros((*x_GMD.shape[:2], V), jnp.float32), empty_GM1 - jnp.inf, empty_GM1)
-        logits_GMV, most_GM1, sums_GM1 = lax.fori_loop(0, form.tiles, one, start)
-        log_z_GM = (most_GM1 + jnp.log(sums_GM1))[:, :, 0]
-        targets_GM1 = targets_GM[:, :, None]
-        nll_GM = log_z_GM - jnp.take_along_axis(logits_GMV, targets_GM1, axis=-1, mode="clip")[:, :, 0]
-        return logits_GMV, form.objective.of(logits_GMV, nll_GM, log_z_GM, form.vocabulary)
-
-    return _by_tiles(form, tiled, whole, w, matrix)
-
-
-def _gradient_products(
-    form: _Form, w: Array, matrix: Array, x_GMD: Array, d_GMV: Array, dw_G: Array
-) -> tuple[Array, Array]:
-    """Of a chunk with the gradient d of its logits: dx, [G, M, D], and dw_G with its own added; float32."""
-
-    def of(matrix: Array, d_GMV: Array, dw_G: Array) -> tuple[Array, Array]:
-        left, right = (d_GMV, x_GMD) if form.tied else (x_GMD, d_GMV)
-        return form.product(matrix, d_GMV, back=True), dw_G + sum_of_rows(left, right, form.numerics)
-
-    def whole(matrix: Array) -> tuple[Array, Array]:
-        return of(matrix, d_GMV, dw_G)
-
-    def tiled(w: Array) -> tuple[Array, Array]:
-        axis, narrow = form.vocabulary_axis + 1, form.numerics.dtype == "bfloat16"
-        # As whole numbers: XLA's CPU compiler would hold it in float32, to cut it.
-        held = lax.bitcast_convert_type(d_GMV.astype(jnp.bfloat16), jnp.uint16) if narrow else d_GMV
-
-        def one(tile: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
-            dx_GMD, dw_G = sums
-            d_GMv = _tile(held, tile, form.tiles, axis=2)
-            d_GMv = lax.bitcast_convert_type(d_GMv, jnp.bfloat16) if narrow else d_GMv
-            more_GMD, own_G = of(form.tile(w, tile), d_GMv, _tile(dw_G, tile, form.tiles, axis))
-            return dx_GMD + more_GMD, _with_tile(dw_G, own_G, tile, axis)
-
-        return lax.fori_loop(0, form.tiles, one, (jnp.zeros(x_GMD.shape, jnp.float32), dw_G))
-
-    return _by_tiles(form, tiled, whole, w, matrix)
-
-
-def _by_tiles(
-    form: _Form, tiled: Callable[[Array], Any], whole: Callable[[Array], Any], w: Array, matrix: Array
-) -> Any:
-    """`tiled` of w, on a CPU and where there is more than one tile; else `whole` of w as `form.matrix` has it."""
-    if form.tiles == 1:
-        return whole(matrix)
-    return lax.platform_dependent(w, matrix, cpu=lambda w, matrix: tiled(w), default=lambda w, matrix: whole(matrix))
+def _with_entries(x_GMv: Array, own_GM: Array, at_GM: Array) -> Array:
+    """x with one entry of each row replaced; where `at` lies outside of the row none is."""
+    G, M, v = x_GMv.shape
+    at_GM = jnp.where(at_GM < 0, v, at_GM)
+    group_GM, row_GM = (lax.broadcasted_iota(jnp.int32, (G, M), axis) for axis in (0, 1))
+    return x_GMv.at[group_GM, row_GM, at_GM].set(own_GM, mode="drop", unique_indices=True)
 
 
 def _tile(x: Array, tile: Array, tiles: int, axis: int) -> Array:
