@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lm.nn.head import finish_logits, lm_head, token_ids, token_losses, token_nll, uniform_nll
+from lm.nn.head import finish_logits, lm_head, target_logit, token_ids, token_nll, uniform_nll
 from lm.nn.layers import Constrain
 from lm.nn.matmul import Numerics, product, sum_of_rows
 
@@ -152,17 +152,19 @@ def _form(
     w = params["embed"]["tokens"] if tied else head["kernel"]
     groups = batch_shards(constrain, x_BTD.shape[0])
     V = w.shape[0 if tied else 1]
-    tiles = _tiles(w.size, V, numerics.dtype) if groups == _shards(constrain, V, "vocab") == 1 else 1
-    form = _Form(tied, vocabulary, softcap, objective, numerics, constrain, groups, chunks, tiles)
+    local = groups == _shards(constrain, V, "vocab") == 1
+    tiles = _tiles(w.size, V, numerics.dtype) if local else 1
+    form = _Form(tied, vocabulary, softcap, objective, numerics, constrain, groups, chunks, local, tiles)
     return form, w, head.get("bias")
 
 
 class _Losses(NamedTuple):
-    """Of every token, [B, T], float32: nll, log Z, and the mean of -log p, which only smoothing asks for."""
+    """Of every token, [B, T], float32: nll, log Z, the mean of -log p, which only smoothing asks for, the own logit."""
 
     nll: Array
     log_z: Array
     uniform: Array | None
+    logit: Array
 
 
 class _Objective(NamedTuple):
@@ -171,10 +173,13 @@ class _Objective(NamedTuple):
     z_loss: float | None = None
     smoothing: float | None = None
 
-    def losses(self, logits_BTV: Array, targets_BT: Array, vocabulary: int) -> _Losses:
-        nll_BT, log_z_BT = token_losses(logits_BTV, targets_BT)
+    def losses(self, logits_BTV: Array, targets_BT: Array, vocabulary: int, *, local: bool = False) -> _Losses:
+        """`local`: as `_Form.local`, on a CPU."""
+        log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+        own_BT = _entries(logits_BTV, targets_BT) if local else target_logit(logits_BTV, targets_BT)
         smooth = self.smoothing is not None
-        return _Losses(nll_BT, log_z_BT, uniform_nll(logits_BTV, log_z_BT, vocabulary=vocabulary) if smooth else None)
+        uniform_BT = uniform_nll(logits_BTV, log_z_BT, vocabulary=vocabulary) if smooth else None
+        return _Losses(log_z_BT - own_BT, log_z_BT, uniform_BT, own_BT)
 
     def sums(self, found: _Losses, weights_BT: Array) -> tuple[Array, Array]:
         """(objective, nats)."""
@@ -195,6 +200,7 @@ class _Form(NamedTuple):
     constrain: Constrain
     groups: int  # G
     chunks: int
+    local: bool  # rows and vocabulary lie whole on a device
     tiles: int  # of the matrix, on a CPU
 
     def matrix(self, w: Array) -> Array:
@@ -252,15 +258,29 @@ class _Form(NamedTuple):
 
 
 def _losses(form: _Form, w: Array, bias_V: Array | None, x_BTD: Array, targets_BT: Array) -> _Losses:
-    matrix, padded = form.matrix(w), (form.pad(x_BTD), form.pad(targets_BT))
+    padded = form.pad(x_BTD), form.pad(targets_BT)
 
-    @jax.checkpoint
-    def one(chunk: Array) -> _Losses:
-        x_GMD, targets_GM = (form.cut(v, chunk) for v in padded)
-        logits_GMV = form.finish(form.product(matrix, x_GMD), bias_V)
-        return form.objective.losses(logits_GMV, targets_GM, form.vocabulary)
+    def run(w: Array, bias_V: Array | None, *, local: bool) -> _Losses:
+        matrix = form.matrix(w)
 
-    return jax.tree.map(lambda part: form.join(part, targets_BT), lax.map(one, jnp.arange(form.chunks)))
+        @jax.checkpoint
+        def one(chunk: Array) -> _Losses:
+            x_GMD, targets_GM = (form.cut(v, chunk) for v in padded)
+            logits_GMV = form.finish(form.product(matrix, x_GMD), bias_V)
+            return form.objective.losses(logits_GMV, targets_GM, form.vocabulary, local=local)
+
+        return jax.tree.map(lambda part: form.join(part, targets_BT), lax.map(one, jnp.arange(form.chunks)))
+
+    return _by_place(form, functools.partial(run, local=True), functools.partial(run, local=False), w, bias_V)
+
+
+def _by_place(form: _Form, local: Callable[..., Any], anywhere: Callable[..., Any], *args: Any) -> Any:
+    """local(*args) on a CPU whose rows and vocabulary lie whole; else anywhere(*args).
+
+    There an entry of a row is read, or replaced, where it is. To compare all ids with it takes as long as their
+    exponentials do; but that is local where a vocabulary is split, and fast on accelerators.
+    """
+    return lax.platform_dependent(*args, cpu=local, default=anywhere) if form.local else anywhere(*args)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -291,15 +311,14 @@ def _forward(
         gradients = sums.matrix.sum(0).astype(w.dtype), db_V, dx_BTD
         return form.objective.sums(losses_BT, weights_BT), gradients
 
-    def whole(w: Array, bias_V: Array | None) -> tuple[Any, Any]:
-        return run(form, functools.partial(_add_whole, form.matrix(w), bias_V))
+    def whole(w: Array, bias_V: Array | None, *, local: bool) -> tuple[Any, Any]:
+        return run(form, functools.partial(_add_whole, form.matrix(w), bias_V, local))
 
     def tiled(w: Array, bias_V: Array | None) -> tuple[Any, Any]:
         return run(form.in_tiles(*targets_BT.shape), functools.partial(_add_tiled, w, bias_V))
 
-    if form.tiles == 1:
-        return whole(w, bias_V)
-    return lax.platform_dependent(w, bias_V, cpu=tiled, default=whole)
+    local = tiled if form.tiles > 1 else functools.partial(whole, local=True)
+    return _by_place(form, local, functools.partial(whole, local=False), w, bias_V)
 
 
 def _backward(
@@ -321,17 +340,33 @@ class _Sums(NamedTuple):
 
 
 def _add_whole(
-    matrix: Array, bias_V: Array | None, form: _Form, sums: _Sums, x_GMD: Array, targets_GM: Array, weights_GM: Array
+    matrix: Array,
+    bias_V: Array | None,
+    local: bool,
+    form: _Form,
+    sums: _Sums,
+    x_GMD: Array,
+    targets_GM: Array,
+    weights_GM: Array,
 ) -> tuple[_Sums, _Losses, Array]:
     """A chunk's gradients added to the sums, its losses, and the gradient of x. matrix: as `form.matrix` has it."""
     logits_GMV = form.finish(form.product(matrix, x_GMD), bias_V)
-    losses_GM = form.objective.losses(logits_GMV, targets_GM, form.vocabulary)
-    ids_GMV = token_ids(logits_GMV)
-    is_target_GMV, is_real_GMV = ids_GMV == targets_GM[:, :, None], ids_GMV < form.vocabulary
-    d_GMV = _logits_gradient(form, logits_GMV, is_target_GMV, is_real_GMV, losses_GM.log_z, weights_GM)
+    losses_GM = form.objective.losses(logits_GMV, targets_GM, form.vocabulary, local=local)
+    is_real_GMV = token_ids(logits_GMV) < form.vocabulary
+    if local:
+        held = _held(form, bias_V)
+        d_GMV = _local_gradient(form, logits_GMV, is_real_GMV, losses_GM, targets_GM, weights_GM, held)
+    else:
+        is_target_GMV = token_ids(logits_GMV) == targets_GM[:, :, None]
+        d_GMV = _logits_gradient(form, logits_GMV, is_target_GMV, is_real_GMV, losses_GM.log_z, weights_GM)
     matrix_sum = _place(form, sums.matrix + form.matrix_gradient(d_GMV, x_GMD))
     bias_sum = None if sums.bias is None else sums.bias + jnp.sum(d_GMV, axis=1)
     return _Sums(matrix_sum, bias_sum), losses_GM, form.product(matrix, d_GMV, back=True)
+
+
+def _held(form: _Form, bias_V: Array | None) -> Any:
+    """The dtype of a gradient of logits: that of the products, unless a bias is the float32 sum of it."""
+    return form.numerics.dtype if bias_V is None else jnp.float32
 
 
 def _add_tiled(
@@ -339,18 +374,14 @@ def _add_tiled(
 ) -> tuple[_Sums, _Losses, Array]:
     """`_add_whole` without logits that are held: all losses first, then all gradients, of logits made again."""
     losses_GM = _tiled_losses(w, bias_V, form, x_GMD, targets_GM)
-    logits_GM1, true = (losses_GM.log_z - losses_GM.nll)[:, :, None], jnp.ones((1, 1, 1), bool)
-    d_GM1 = _logits_gradient(form, logits_GM1, true, true, losses_GM.log_z, weights_GM)
-    held = form.numerics.dtype if bias_V is None else jnp.float32
-    axis, width = form.vocabulary_axis + 1, form.width(w)
+    axis, width, held = form.vocabulary_axis + 1, form.width(w), _held(form, bias_V)
 
     def add(tile: Array, found: tuple[_Sums, Array]) -> tuple[_Sums, Array]:
         sums, dx_GMD = found
         matrix = form.tile(w, tile)
         logits_GMv, is_real_GMv = _tile_logits(form, matrix, bias_V, x_GMD, tile)
-        d_GMv = _logits_gradient(form, logits_GMv, ~true, is_real_GMv, losses_GM.log_z, weights_GM).astype(held)
-        # The targets' own are put in afterwards: to compare all ids takes as long as the exponentials do.
-        d_GMv = _with_entries(d_GMv, d_GM1[:, :, 0].astype(held), targets_GM - tile * width)
+        own_GM = targets_GM - tile * width
+        d_GMv = _local_gradient(form, logits_GMv, is_real_GMv, losses_GM, own_GM, weights_GM, held)
         own, bias = form.matrix_gradient(d_GMv, x_GMD), sums.bias
         if form.chunks > 1:
             own += _tile(sums.matrix, tile, form.tiles, axis)
@@ -373,10 +404,8 @@ def _tiled_losses(w: Array, bias_V: Array | None, form: _Form, x_GMD: Array, tar
         more_GM1 = jnp.maximum(most_GM1, jnp.max(logits_GMv, axis=-1, keepdims=True))
         sums_GM1 = sums_GM1 * jnp.exp(most_GM1 - more_GM1)
         sums_GM1 += jnp.sum(jnp.exp(logits_GMv - more_GM1), axis=-1, keepdims=True)
-        # A gather: nothing is split, and a sum would be written down.
         at_GM = targets_GM - tile * width
-        own_GM1 = jnp.take_along_axis(logits_GMv, at_GM[:, :, None], axis=-1, mode="clip")
-        target_GM = jnp.where((at_GM >= 0) & (at_GM < width), own_GM1[:, :, 0], target_GM)
+        target_GM = jnp.where((at_GM >= 0) & (at_GM < width), _entries(logits_GMv, at_GM), target_GM)
         if form.objective.smoothing is not None:
             total_GM += jnp.sum(jnp.where(is_real_GMv, logits_GMv, 0.0), axis=-1)
         return more_GM1, sums_GM1, target_GM, total_GM
@@ -386,7 +415,7 @@ def _tiled_losses(w: Array, bias_V: Array | None, form: _Form, x_GMD: Array, tar
     most_GM1, sums_GM1, target_GM, total_GM = lax.fori_loop(0, form.tiles, add, start)
     log_z_GM = (most_GM1 + jnp.log(sums_GM1))[:, :, 0]
     uniform_GM = None if form.objective.smoothing is None else log_z_GM - total_GM / form.vocabulary
-    return _Losses(log_z_GM - target_GM, log_z_GM, uniform_GM)
+    return _Losses(log_z_GM - target_GM, log_z_GM, uniform_GM, target_GM)
 
 
 def _tile_logits(form: _Form, matrix: Array, bias_V: Array | None, x_GMD: Array, tile: Array) -> tuple[Array, Array]:
@@ -421,8 +450,30 @@ def _logits_gradient(
     return d_GMV
 
 
+def _local_gradient(
+    form: _Form,
+    logits_GMv: Array,
+    is_real_GMv: Array,
+    losses_GM: _Losses,
+    targets_GM: Array,
+    weights_GM: Array,
+    dtype: Any,
+) -> Array:
+    """`_logits_gradient` in that dtype, where it is that of no target, with the targets' put in; those outside of these
+    logits are left out."""
+    true = jnp.ones((1, 1, 1), bool)
+    d_GMv = _logits_gradient(form, logits_GMv, ~true, is_real_GMv, losses_GM.log_z, weights_GM)
+    own_GM1 = _logits_gradient(form, losses_GM.logit[:, :, None], true, true, losses_GM.log_z, weights_GM)
+    return _with_entries(d_GMv.astype(dtype), own_GM1[:, :, 0].astype(dtype), targets_GM)
+
+
+def _entries(x_GMv: Array, at_GM: Array) -> Array:
+    """An entry of each row, or its nearest where `at` lies outside."""
+    return jnp.take_along_axis(x_GMv, at_GM[:, :, None], axis=-1, mode="clip")[:, :, 0]
+
+
 def _with_entries(x_GMv: Array, own_GM: Array, at_GM: Array) -> Array:
-    """x with one entry of each row replaced; where `at` lies outside of the row none is."""
+    """x with an entry of each row replaced; none where `at` lies outside."""
     G, M, v = x_GMv.shape
     at_GM = jnp.where(at_GM < 0, v, at_GM)
     group_GM, row_GM = (lax.broadcasted_iota(jnp.int32, (G, M), axis) for axis in (0, 1))

@@ -68,13 +68,7 @@ def finish_logits(logits_BTV: Array, bias_V: Array | None, *, vocabulary: int | 
 
 def token_nll(logits_BTV: Array, targets_BT: Array) -> Array:
     """nll_BT = logsumexp(logits) - logits[target], in nats, float32."""
-    return token_losses(logits_BTV, targets_BT)[0]
-
-
-def token_losses(logits_BTV: Array, targets_BT: Array) -> tuple[Array, Array]:
-    """`token_nll` and log Z = logsumexp(logits), [B, T], float32."""
-    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    return log_z_BT - target_logit(logits_BTV, targets_BT), log_z_BT
+    return jax.nn.logsumexp(logits_BTV, axis=-1) - target_logit(logits_BTV, targets_BT)
 
 
 def uniform_nll(logits_BTV: Array, log_z_BT: Array, *, vocabulary: int) -> Array:
