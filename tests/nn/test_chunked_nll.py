@@ -223,6 +223,20 @@ def test_tiles_give_the_same(form, label_smoothing, chunks, dtype, monkeypatch):
     assert_same(tiled, whole, loss=1e-5, gradient=1e-5 if dtype == "float32" else 4e-3)
 
 
+def test_all_ids_are_compared_with_targets_only_where_the_vocabulary_may_be_split(monkeypatch):
+    """On a CPU that holds it whole targets are read and put in by their place, with the same gradients to the bit."""
+    arguments = example(2, 12, tied=True, bias=False, rows=64)
+    options = {"softcap": 2.0, "chunk": 4, "z_loss": 0.1, "label_smoothing": 0.1}
+    compared = re.compile(r"compare +EQ.*tensor<1x8x64xi32>")
+    here, text = loss_and_gradients(*arguments, **options), loss_and_gradients.lower(*arguments, **options).as_text()
+    monkeypatch.setattr(chunked_nll, "_by_place", lambda form, local, anywhere, *args: anywhere(*args))
+    loss_and_gradients.clear_cache()
+    there, other = loss_and_gradients(*arguments, **options), loss_and_gradients.lower(*arguments, **options).as_text()
+    loss_and_gradients.clear_cache()
+    assert not compared.search(text) and compared.search(other)
+    assert_same(here, there, loss=0, gradient=0)
+
+
 def test_tiles_are_of_large_matrices_that_lie_whole():
     assert chunked_nll._tiles(50_304 * 768, 50_304, "bfloat16") == 16
     assert chunked_nll._tiles(50_304 * 768 + 1, 50_303, "bfloat16") == 1, "an odd number of rows"
