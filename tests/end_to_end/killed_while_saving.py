@@ -16,7 +16,7 @@ from lm import checkpoint
 from lm.processes import coordination, watch
 
 STEP = os.environ["LM_TEST_KILLED"]
-LATE_SECONDS = 3
+LATE_SECONDS = 1.5
 _write_manifest, _end = checkpoint.write_manifest, watch._Watch._end_without_first
 
 
