@@ -6,7 +6,8 @@ are: all gradients are made in the forward pass, by the three products of the he
 the logits of a large vocabulary in bfloat16 on a CPU.
 
 Shapes: B batch, T position, C positions of a row in a chunk, D model width, V vocabulary rows; G groups of rows of the
-batch, one a device that the batch is split over, and M = B/G · C positions of a group in a chunk.
+batch, one a device that the batch is split over, and M = B/G · C positions of a group in a chunk; v rows of the
+vocabulary in a tile.
 """
 
 from __future__ import annotations
@@ -159,7 +160,8 @@ def _form(
 
 
 class _Losses(NamedTuple):
-    """Of every token, [B, T], float32: nll, log Z, the mean of -log p, which only smoothing asks for, the own logit."""
+    """Of every token, [B, T], float32: nll, log Z, the mean of -log p, which only smoothing asks for, and
+    the target's logit."""
 
     nll: Array
     log_z: Array
@@ -216,7 +218,7 @@ class _Form(NamedTuple):
         """One of `tiles` parts of w, in the compute dtype."""
         return _tile(w, tile, self.tiles, self.vocabulary_axis).astype(self.numerics.dtype)
 
-    def width(self, w: Array) -> int:
+    def tile_rows(self, w: Array) -> int:
         """The vocabulary rows of a tile."""
         return w.shape[self.vocabulary_axis] // self.tiles
 
@@ -277,8 +279,8 @@ def _losses(form: _Form, w: Array, bias_V: Array | None, x_BTD: Array, targets_B
 def _by_place(form: _Form, local: Callable[..., Any], anywhere: Callable[..., Any], *args: Any) -> Any:
     """local(*args) on a CPU whose rows and vocabulary lie whole; else anywhere(*args).
 
-    There an entry of a row is read, or replaced, where it is. To compare all ids with it takes as long as their
-    exponentials do; but that is local where a vocabulary is split, and fast on accelerators.
+    There the target's entry of a row is read, or replaced, by its place. To compare all ids with the target takes as
+    long as their exponentials do; but it moves nothing where a vocabulary is split, and is fast on accelerators.
     """
     return lax.platform_dependent(*args, cpu=local, default=anywhere) if form.local else anywhere(*args)
 
@@ -374,7 +376,7 @@ def _add_tiled(
 ) -> tuple[_Sums, _Losses, Array]:
     """`_add_whole` without logits that are held: all losses first, then all gradients, of logits made again."""
     losses_GM = _tiled_losses(w, bias_V, form, x_GMD, targets_GM)
-    axis, width, held = form.vocabulary_axis + 1, form.width(w), _held(form, bias_V)
+    axis, width, held = form.vocabulary_axis + 1, form.tile_rows(w), _held(form, bias_V)
 
     def add(tile: Array, found: tuple[_Sums, Array]) -> tuple[_Sums, Array]:
         sums, dx_GMD = found
@@ -396,7 +398,7 @@ def _add_tiled(
 
 def _tiled_losses(w: Array, bias_V: Array | None, form: _Form, x_GMD: Array, targets_GM: Array) -> _Losses:
     """log Z as it grows, by the greatest logit and Σ exp of all beside it; the target's logit; and Σ of all."""
-    width = form.width(w)
+    width = form.tile_rows(w)
 
     def add(tile: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
         most_GM1, sums_GM1, target_GM, total_GM = found
