@@ -2,12 +2,10 @@
 
 Whole, they are the largest array of a step: a batch of 8 x 1024 tokens over 50 304 ids is 1.6 GB of float32, in several
 copies. The loss of training is one weighted sum, so that the gradient of each chunk's logits is known as soon as they
-are: all gradients are made in the forward pass, by the three products of the head. Nothing is computed again, but for
-the logits of a large vocabulary in bfloat16 on a CPU.
+are: all gradients are made in the forward pass, by the three products of the head, and nothing is computed again.
 
 Shapes: B batch, T position, C positions of a row in a chunk, D model width, V vocabulary rows; G groups of rows of the
-batch, one a device that the batch is split over, and M = B/G · C positions of a group in a chunk; v rows of the
-vocabulary in a tile.
+batch, one a device that the batch is split over, and M = B/G · C positions of a group in a chunk.
 """
 
 from __future__ import annotations
@@ -21,7 +19,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lm.nn.head import finish_logits, lm_head, target_logit, token_ids, token_nll, uniform_nll
+from lm.nn import tiled_nll
+from lm.nn.head import (
+    entries,
+    finish_logits,
+    lm_head,
+    target_logit,
+    token_ids,
+    token_nll,
+    uniform_nll,
+    with_entries,
+)
 from lm.nn.layers import Constrain
 from lm.nn.matmul import Numerics, product, sum_of_rows
 
@@ -29,10 +37,6 @@ Array = jax.Array
 
 CHUNK_ENTRIES = 2**20
 CHUNK_POSITIONS = 256
-TILE_ENTRIES, MOST_TILES, TILE_POSITIONS = 2**21, 16, 1024
-"""On a CPU a large matrix is taken tile by tile in bfloat16. No product needs a copy of it in that dtype, or something
-of its size to be added to its gradient; and the logits are made twice, which takes less time than to write them down
-and read them. In float32 it takes more. Of more positions at once a tile's arrays would leave the caches."""
 
 
 def chunk_length(rows: int, width: int, vocabulary_rows: int) -> int:
@@ -58,14 +62,6 @@ def _shards(constrain: Constrain, length: int, axis: str) -> int:
     shardings = [equation.params["sharding"] for equation in placed if "sharding" in equation.params]
     split = bool(shardings) and any(shardings[-1].spec)  # of no split, JAX 0.10 doesn't give the shape inside shard_map
     return length // shardings[-1].shard_shape((length,))[0] if split else 1
-
-
-def _tiles(entries: int, vocabulary_rows: int, dtype: str) -> int:
-    """Equal parts of a matrix's vocabulary rows, in that compute dtype."""
-    tiles = 1
-    while 2 * tiles <= MOST_TILES and vocabulary_rows % (2 * tiles) == 0 and entries >= 2 * tiles * TILE_ENTRIES:
-        tiles *= 2
-    return tiles if dtype == "bfloat16" else 1
 
 
 def head_nll(
@@ -154,9 +150,10 @@ def _form(
     groups = batch_shards(constrain, x_BTD.shape[0])
     V = w.shape[0 if tied else 1]
     local = groups == _shards(constrain, V, "vocab") == 1
-    tiles = _tiles(w.size, V, numerics.dtype) if local else 1
-    form = _Form(tied, vocabulary, softcap, objective, numerics, constrain, groups, chunks, local, tiles)
-    return form, w, head.get("bias")
+    bias_V = head.get("bias")
+    tiled = local and bias_V is None and objective.smoothing is None
+    tiles = tiled_nll.tile_count(w.size, V, numerics.dtype) if tiled else 1
+    return _Form(tied, vocabulary, softcap, objective, numerics, constrain, groups, chunks, local, tiles), w, bias_V
 
 
 class _Losses(NamedTuple):
@@ -178,7 +175,7 @@ class _Objective(NamedTuple):
     def losses(self, logits_BTV: Array, targets_BT: Array, vocabulary: int, *, local: bool = False) -> _Losses:
         """`local`: as `_Form.local`, on a CPU."""
         log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-        own_BT = _entries(logits_BTV, targets_BT) if local else target_logit(logits_BTV, targets_BT)
+        own_BT = entries(logits_BTV, targets_BT) if local else target_logit(logits_BTV, targets_BT)
         smooth = self.smoothing is not None
         uniform_BT = uniform_nll(logits_BTV, log_z_BT, vocabulary=vocabulary) if smooth else None
         return _Losses(log_z_BT - own_BT, log_z_BT, uniform_BT, own_BT)
@@ -210,18 +207,6 @@ class _Form(NamedTuple):
         axes = ("vocab", "width") if self.tied else ("width", "vocab")
         return self.constrain(w.astype(self.numerics.dtype), axes)
 
-    @property
-    def vocabulary_axis(self) -> int:
-        return 0 if self.tied else 1
-
-    def tile(self, w: Array, tile: Array) -> Array:
-        """One of `tiles` parts of w, in the compute dtype."""
-        return _tile(w, tile, self.tiles, self.vocabulary_axis).astype(self.numerics.dtype)
-
-    def tile_rows(self, w: Array) -> int:
-        """The vocabulary rows of a tile."""
-        return w.shape[self.vocabulary_axis] // self.tiles
-
     def product(self, matrix: Array, x_GMK: Array, *, back: bool = False) -> Array:
         """x · matrix, [G, M, V], float32; or `back`, of a gradient of that, [G, M, D]."""
         w_G = jnp.broadcast_to(matrix[None], (self.groups, *matrix.shape))
@@ -232,8 +217,8 @@ class _Form(NamedTuple):
         return sum_of_rows(*((d_GMV, x_GMD) if self.tied else (x_GMD, d_GMV)), self.numerics)
 
     def in_tiles(self, rows: int, length: int) -> _Form:
-        """With chunks of at most TILE_POSITIONS of rows of that length, or of one position of each."""
-        return self._replace(chunks=min(math.ceil(rows * length / TILE_POSITIONS), length))
+        """With chunks of as many positions as tiles take, of rows of that length, or of one position of each."""
+        return self._replace(chunks=min(math.ceil(rows * length / tiled_nll.TILE_POSITIONS), length))
 
     def finish(self, logits_GMV: Array, bias_V: Array | None) -> Array:
         """The logits of what `product` gives of the whole matrix."""
@@ -316,8 +301,8 @@ def _forward(
     def whole(w: Array, bias_V: Array | None, *, local: bool) -> tuple[Any, Any]:
         return run(form, functools.partial(_add_whole, form.matrix(w), bias_V, local))
 
-    def tiled(w: Array, bias_V: Array | None) -> tuple[Any, Any]:
-        return run(form.in_tiles(*targets_BT.shape), functools.partial(_add_tiled, w, bias_V))
+    def tiled(w: Array, _: None) -> tuple[Any, Any]:
+        return run(form.in_tiles(*targets_BT.shape), functools.partial(_add_tiled, w))
 
     local = tiled if form.tiles > 1 else functools.partial(whole, local=True)
     return _by_place(form, local, functools.partial(whole, local=False), w, bias_V)
@@ -372,62 +357,17 @@ def _held(form: _Form, bias_V: Array | None) -> Any:
 
 
 def _add_tiled(
-    w: Array, bias_V: Array | None, form: _Form, sums: _Sums, x_GMD: Array, targets_GM: Array, weights_GM: Array
+    w: Array, form: _Form, sums: _Sums, x_GMD: Array, targets_GM: Array, weights_GM: Array
 ) -> tuple[_Sums, _Losses, Array]:
-    """`_add_whole` without logits that are held: all losses first, then all gradients, of logits made again."""
-    losses_GM = _tiled_losses(w, bias_V, form, x_GMD, targets_GM)
-    axis, width, held = form.vocabulary_axis + 1, form.tile_rows(w), _held(form, bias_V)
-
-    def add(tile: Array, found: tuple[_Sums, Array]) -> tuple[_Sums, Array]:
-        sums, dx_GMD = found
-        matrix = form.tile(w, tile)
-        logits_GMv, is_real_GMv = _tile_logits(form, matrix, bias_V, x_GMD, tile)
-        own_GM = targets_GM - tile * width
-        d_GMv = _local_gradient(form, logits_GMv, is_real_GMv, losses_GM, own_GM, weights_GM, held)
-        own, bias = form.matrix_gradient(d_GMv, x_GMD), sums.bias
-        if form.chunks > 1:
-            own += _tile(sums.matrix, tile, form.tiles, axis)
-        if bias is not None:
-            bias = _with_tile(bias, _tile(bias, tile, form.tiles, axis=1) + jnp.sum(d_GMv, axis=1), tile, axis=1)
-        matrix_sum = _with_tile(sums.matrix, own, tile, axis)
-        return _Sums(matrix_sum, bias), dx_GMD + form.product(matrix, d_GMv, back=True)
-
-    sums, dx_GMD = lax.fori_loop(0, form.tiles, add, (sums, jnp.zeros(x_GMD.shape, jnp.float32)))
-    return sums, losses_GM, dx_GMD
-
-
-def _tiled_losses(w: Array, bias_V: Array | None, form: _Form, x_GMD: Array, targets_GM: Array) -> _Losses:
-    """log Z as it grows, by the greatest logit and Σ exp of all beside it; the target's logit; and Σ of all."""
-    width = form.tile_rows(w)
-
-    def add(tile: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
-        most_GM1, sums_GM1, target_GM, total_GM = found
-        logits_GMv, is_real_GMv = _tile_logits(form, form.tile(w, tile), bias_V, x_GMD, tile)
-        more_GM1 = jnp.maximum(most_GM1, jnp.max(logits_GMv, axis=-1, keepdims=True))
-        sums_GM1 = sums_GM1 * jnp.exp(most_GM1 - more_GM1)
-        sums_GM1 += jnp.sum(jnp.exp(logits_GMv - more_GM1), axis=-1, keepdims=True)
-        at_GM = targets_GM - tile * width
-        target_GM = jnp.where((at_GM >= 0) & (at_GM < width), _entries(logits_GMv, at_GM), target_GM)
-        if form.objective.smoothing is not None:
-            total_GM += jnp.sum(jnp.where(is_real_GMv, logits_GMv, 0.0), axis=-1)
-        return more_GM1, sums_GM1, target_GM, total_GM
-
-    zeros_GM1 = jnp.zeros((*x_GMD.shape[:2], 1), jnp.float32)
-    start = (zeros_GM1 - jnp.inf, zeros_GM1, zeros_GM1[:, :, 0], zeros_GM1[:, :, 0])
-    most_GM1, sums_GM1, target_GM, total_GM = lax.fori_loop(0, form.tiles, add, start)
-    log_z_GM = (most_GM1 + jnp.log(sums_GM1))[:, :, 0]
-    uniform_GM = None if form.objective.smoothing is None else log_z_GM - total_GM / form.vocabulary
-    return _Losses(log_z_GM - target_GM, log_z_GM, uniform_GM, target_GM)
-
-
-def _tile_logits(form: _Form, matrix: Array, bias_V: Array | None, x_GMD: Array, tile: Array) -> tuple[Array, Array]:
-    """The logits of a tile of the matrix, [G, M, v], and which of them are of ids below `vocabulary`."""
-    width = matrix.shape[form.vocabulary_axis]
-    padded = form.vocabulary < width * form.tiles
-    vocabulary = form.vocabulary - tile * width if padded else form.vocabulary
-    bias = None if bias_V is None else _tile(bias_V, tile, form.tiles, axis=0)
-    logits_GMv = finish_logits(form.product(matrix, x_GMD), bias, vocabulary=vocabulary, softcap=form.softcap)
-    return logits_GMv, token_ids(logits_GMv) < vocabulary
+    """`_add_whole` of a single group, without a bias or smoothing, by tiles of the matrix."""
+    found = tiled_nll.tiled_loss(
+        w, x_GMD[0], targets_GM[0], weights_GM[0], sums.matrix[0] if form.chunks > 1 else None, tied=form.tied,
+        tiles=form.tiles, vocabulary=form.vocabulary, softcap=form.softcap, z_loss=form.objective.z_loss,
+        numerics=form.numerics,
+    )  # fmt: skip
+    log_z_GM, logit_GM = found.log_z_M[None], found.logit_M[None]
+    losses_GM = _Losses(log_z_GM - logit_GM, log_z_GM, None, logit_GM)
+    return _Sums(found.dw[None], None), losses_GM, found.dx_MD[None]
 
 
 def _logits_gradient(
@@ -466,31 +406,7 @@ def _local_gradient(
     true = jnp.ones((1, 1, 1), bool)
     d_GMv = _logits_gradient(form, logits_GMv, ~true, is_real_GMv, losses_GM.log_z, weights_GM)
     own_GM1 = _logits_gradient(form, losses_GM.logit[:, :, None], true, true, losses_GM.log_z, weights_GM)
-    return _with_entries(d_GMv.astype(dtype), own_GM1[:, :, 0].astype(dtype), targets_GM)
-
-
-def _entries(x_GMv: Array, at_GM: Array) -> Array:
-    """An entry of each row, or its nearest where `at` lies outside."""
-    return jnp.take_along_axis(x_GMv, at_GM[:, :, None], axis=-1, mode="clip")[:, :, 0]
-
-
-def _with_entries(x_GMv: Array, own_GM: Array, at_GM: Array) -> Array:
-    """x with an entry of each row replaced; none where `at` lies outside."""
-    G, M, v = x_GMv.shape
-    at_GM = jnp.where(at_GM < 0, v, at_GM)
-    group_GM, row_GM = (lax.broadcasted_iota(jnp.int32, (G, M), axis) for axis in (0, 1))
-    return x_GMv.at[group_GM, row_GM, at_GM].set(own_GM, mode="drop", unique_indices=True)
-
-
-def _tile(x: Array, tile: Array, tiles: int, axis: int) -> Array:
-    """One of `tiles` equal parts of an axis."""
-    width = x.shape[axis] // tiles
-    return lax.dynamic_slice_in_dim(x, tile * width, width, axis)
-
-
-def _with_tile(x: Array, own: Array, tile: Array, axis: int) -> Array:
-    """x with one of these parts replaced."""
-    return lax.dynamic_update_slice_in_dim(x, own, tile * own.shape[axis], axis)
+    return with_entries(d_GMv.astype(dtype), own_GM1[:, :, 0].astype(dtype), targets_GM)
 
 
 def _place(form: _Form, w_G: Array) -> Array:

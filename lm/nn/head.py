@@ -58,7 +58,7 @@ def lm_head(
 def finish_logits(logits_BTV: Array, bias_V: Array | None, *, vocabulary: int | Array, softcap: float | None) -> Array:
     """The logits of a head's product: bias added, capped, -inf past `vocabulary`; `lm_head` says more."""
     if bias_V is not None:
-        logits_BTV = logits_BTV + bias_V.reshape(1, 1, -1)
+        logits_BTV = logits_BTV + bias_V.reshape((1,) * (logits_BTV.ndim - 1) + bias_V.shape)
     if softcap is not None:
         logits_BTV = softcap * jnp.tanh(logits_BTV / softcap)
     if not isinstance(vocabulary, int) or logits_BTV.shape[-1] > vocabulary:
@@ -84,5 +84,20 @@ def target_logit(logits_BTV: Array, targets_BT: Array) -> Array:
 
 
 def token_ids(logits_BTV: Array) -> Array:
-    """The id that each logit belongs to, [B, T, V]."""
-    return jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2)
+    """The id that each logit belongs to, [B, T, V]; as the next two, of any axes before V."""
+    return jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, logits_BTV.ndim - 1)
+
+
+def entries(x_BTV: Array, at_BT: Array) -> Array:
+    """An entry of each row, [B, T]; where `at` lies outside, another of it."""
+    return jnp.take_along_axis(x_BTV, at_BT[..., None], axis=-1, mode="clip")[..., 0]
+
+
+def with_entries(x_BTV: Array, own_BT: Array, at_BT: Array) -> Array:
+    """x with an entry of each row replaced; none where `at` lies outside."""
+    V = x_BTV.shape[-1]
+    rows_MV, at_M = x_BTV.reshape(-1, V), at_BT.reshape(-1)
+    at_M = jnp.where(at_M < 0, V, at_M)
+    row_M = jnp.arange(rows_MV.shape[0])
+    rows_MV = rows_MV.at[row_M, at_M].set(own_BT.reshape(-1), mode="drop", unique_indices=True)
+    return rows_MV.reshape(x_BTV.shape)

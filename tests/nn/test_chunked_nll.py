@@ -201,28 +201,6 @@ def test_memory_falls_by_the_logits():
     assert chunk < T
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("label_smoothing, chunks", [(None, 2), (0.1, 2), (0.1, 1)])
-@pytest.mark.parametrize("form", [form for form in FORMS if "padded" in form])
-def test_tiles_give_the_same(form, label_smoothing, chunks, dtype, monkeypatch):
-    """Of a large matrix on a CPU: four products for each of eight tiles, with another order of float32 sums; in float32
-    too, which shows that nothing else is different."""
-    shape = dict(FORMS[form])
-    softcap = shape.pop("softcap")
-    arguments = example(2, 96, **shape)
-    options = {"softcap": softcap, "chunk": 8, "z_loss": 0.1, "dtype": dtype, "label_smoothing": label_smoothing}
-    whole = loss_and_gradients(*arguments, **options)
-    monkeypatch.setattr(chunked_nll, "_tiles", lambda *_: 8)
-    monkeypatch.setattr(chunked_nll, "TILE_POSITIONS", 192 // chunks)
-    loss_and_gradients.clear_cache()
-    text = loss_and_gradients.lower(*arguments, **options).as_text()
-    assert text.count("stablehlo.while") == 3, "the chunks, their losses, their gradients"
-    assert re.search(rf"dot_general.*tensor<1x{192 // chunks}x8x\w+>", text), "not the twelve chunks of 8 positions"
-    tiled = loss_and_gradients(*arguments, **options)
-    loss_and_gradients.clear_cache()
-    assert_same(tiled, whole, loss=1e-5, gradient=1e-5 if dtype == "float32" else 4e-3)
-
-
 def test_all_ids_are_compared_with_targets_only_where_the_vocabulary_may_be_split(monkeypatch):
     """On a CPU that holds it whole targets are read and put in by their place, with the same gradients to the bit."""
     arguments = example(2, 12, tied=True, bias=False, rows=64)
@@ -237,30 +215,9 @@ def test_all_ids_are_compared_with_targets_only_where_the_vocabulary_may_be_spli
     assert_same(here, there, loss=0, gradient=0)
 
 
-def test_tiles_are_of_large_matrices_that_lie_whole():
-    assert chunked_nll._tiles(50_304 * 768, 50_304, "bfloat16") == 16
-    assert chunked_nll._tiles(50_304 * 768 + 1, 50_303, "bfloat16") == 1, "an odd number of rows"
-    assert chunked_nll._tiles(4096 * 512, 4096, "bfloat16") == 1
-    assert chunked_nll._tiles(50_304 * 768, 50_304, "float32") == 1, "its products cost more than logits held"
-    mesh = make_mesh(ParallelConfig(tensor=8))
-    parts = chunked_nll._shards(constrainer(mesh), 64, "vocab")
+def test_a_vocabulary_counts_as_split_where_the_mesh_splits_it():
+    parts = chunked_nll._shards(constrainer(make_mesh(ParallelConfig(tensor=8))), 64, "vocab")
     assert parts == 8 and chunked_nll._shards(unconstrained, 64, "vocab") == 1
-
-
-def test_tiles_need_no_second_matrix_and_no_logits(monkeypatch):
-    """GPT-2's head on 512 tokens of bfloat16, compiled and not run: neither a matrix in bfloat16 nor one to be added,
-    nor logits of a chunk in float32."""
-    shapes = jax.eval_shape(functools.partial(example, 2, 256, tied=True, bias=False, rows=50_304, width=768))
-
-    def temporary():
-        loss_and_gradients.clear_cache()
-        compiled = loss_and_gradients.lower(*shapes, softcap=None, chunk=128, dtype="bfloat16").compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    tiled = temporary()
-    monkeypatch.setattr(chunked_nll, "MOST_TILES", 1)
-    matrix, logits = 50_304 * 768 * 4, 2 * 128 * 50_304 * 4
-    assert temporary() - tiled > 1.2 * matrix + 0.8 * logits
 
 
 def test_the_model_never_makes_its_logits():
