@@ -155,9 +155,8 @@ def _backward(
     The bias's is their sum over the batch."""
     q, k, v, bias, p, o = saved
     p, o = late(p, do[..., :1]), late(o, do)
-    meet = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1, keepdims=True)
-    # XLA's CPU library would take the product's result in with this sum, and compute it an operation at a time.
-    meet = lax.platform_dependent(meet, cpu=lax.optimization_barrier, default=lambda meet: meet)
+    # XLA's CPU library would take in what comes before and after this sum, and compute it an operation at a time.
+    meet = _apart(jnp.sum(_apart(do.astype(jnp.float32) * o.astype(jnp.float32)), axis=-1, keepdims=True))
     dp = product(do, v, True, numerics)
     dbias = None if bias is None else jnp.sum(p * (dp - meet), axis=0).astype(bias.dtype)
     ds = scale * p * (dp - meet)
@@ -168,3 +167,8 @@ def _backward(
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _apart(x: Array) -> Array:
+    """x, which a CPU computes by itself."""
+    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
