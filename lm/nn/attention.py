@@ -155,7 +155,8 @@ def _backward(
     The bias's is their sum over the batch."""
     q, k, v, bias, p, o = saved
     p, o = late(p, do[..., :1]), late(o, do)
-    # XLA's CPU library would take in what comes before and after this sum, and compute it an operation at a time.
+    # XLA's CPU library would take in what comes before and after this sum, and compute it an operation at a time: what
+    # comes before from JAX 0.12 on.
     meet = _apart(jnp.sum(_apart(do.astype(jnp.float32) * o.astype(jnp.float32)), axis=-1, keepdims=True))
     dp = product(do, v, True, numerics)
     dbias = None if bias is None else jnp.sum(p * (dp - meet), axis=0).astype(bias.dtype)

@@ -121,6 +121,7 @@ def head_loss(
     Args: as for `head_nll`, and
       weights_BT: float32; constants.
       z_loss, label_smoothing: None: off; with both off the objective is the nats.
+      chunk: C, but where the matrix is taken by tiles, which take positions as `lm.nn.tiled_nll` says.
     """
     T, objective = x_BTD.shape[1], _Objective(z_loss, label_smoothing)
     if chunk >= T:
@@ -217,11 +218,11 @@ class _Form(NamedTuple):
         return sum_of_rows(*((d_GMV, x_GMD) if self.tied else (x_GMD, d_GMV)), self.numerics)
 
     def in_tiles(self, rows: int, length: int) -> _Form:
-        """With chunks of as many positions as tiles take, of rows of that length, or of one position of each."""
-        return self._replace(chunks=min(math.ceil(rows * length / tiled_nll.TILE_POSITIONS), length))
+        """With chunks of as many positions as tiles take, of so many rows of that length."""
+        return self._replace(chunks=math.ceil(length / max(tiled_nll.TILE_POSITIONS // rows, 1)))
 
     def finish(self, logits_GMV: Array, bias_V: Array | None) -> Array:
-        """The logits of what `product` gives of the whole matrix."""
+        """The logits of what `product` gives."""
         logits_GMV = self.constrain(logits_GMV, ("batch", "length", "vocab"))
         return finish_logits(logits_GMV, bias_V, vocabulary=self.vocabulary, softcap=self.softcap)
 
@@ -341,7 +342,7 @@ def _add_whole(
     losses_GM = form.objective.losses(logits_GMV, targets_GM, form.vocabulary, local=local)
     is_real_GMV = token_ids(logits_GMV) < form.vocabulary
     if local:
-        held = _held(form, bias_V)
+        held = form.numerics.dtype if bias_V is None else jnp.float32  # of which a bias is the float32 sum
         d_GMV = _local_gradient(form, logits_GMV, is_real_GMV, losses_GM, targets_GM, weights_GM, held)
     else:
         is_target_GMV = token_ids(logits_GMV) == targets_GM[:, :, None]
@@ -351,17 +352,12 @@ def _add_whole(
     return _Sums(matrix_sum, bias_sum), losses_GM, form.product(matrix, d_GMV, back=True)
 
 
-def _held(form: _Form, bias_V: Array | None) -> Any:
-    """The dtype of a gradient of logits: that of the products, unless a bias is the float32 sum of it."""
-    return form.numerics.dtype if bias_V is None else jnp.float32
-
-
 def _add_tiled(
     w: Array, form: _Form, sums: _Sums, x_GMD: Array, targets_GM: Array, weights_GM: Array
 ) -> tuple[_Sums, _Losses, Array]:
     """`_add_whole` of a single group, without a bias or smoothing, by tiles of the matrix."""
     found = tiled_nll.tiled_loss(
-        w, x_GMD[0], targets_GM[0], weights_GM[0], sums.matrix[0] if form.chunks > 1 else None, tied=form.tied,
+        w, x_GMD[0], targets_GM[0], weights_GM[0], sums.matrix[0], fresh=form.chunks == 1, tied=form.tied,
         tiles=form.tiles, vocabulary=form.vocabulary, softcap=form.softcap, z_loss=form.objective.z_loss,
         numerics=form.numerics,
     )  # fmt: skip
@@ -394,19 +390,18 @@ def _logits_gradient(
 
 def _local_gradient(
     form: _Form,
-    logits_GMv: Array,
-    is_real_GMv: Array,
+    logits_GMV: Array,
+    is_real_GMV: Array,
     losses_GM: _Losses,
     targets_GM: Array,
     weights_GM: Array,
     dtype: Any,
 ) -> Array:
-    """`_logits_gradient` in that dtype, where it is that of no target, with the targets' put in; those outside of these
-    logits are left out."""
+    """`_logits_gradient` in that dtype, where it is that of no target, with the targets' put in."""
     true = jnp.ones((1, 1, 1), bool)
-    d_GMv = _logits_gradient(form, logits_GMv, ~true, is_real_GMv, losses_GM.log_z, weights_GM)
+    d_GMV = _logits_gradient(form, logits_GMV, ~true, is_real_GMV, losses_GM.log_z, weights_GM)
     own_GM1 = _logits_gradient(form, losses_GM.logit[:, :, None], true, true, losses_GM.log_z, weights_GM)
-    return with_entries(d_GMv.astype(dtype), own_GM1[:, :, 0].astype(dtype), targets_GM)
+    return with_entries(d_GMV.astype(dtype), own_GM1[:, :, 0].astype(dtype), targets_GM)
 
 
 def _place(form: _Form, w_G: Array) -> Array:

@@ -1,6 +1,6 @@
 """The language-model head and its loss.
 
-Shapes: B batch, T position, D model width, V vocabulary rows.
+Shapes: B batch, T position, D model width, V vocabulary rows. Where only V matters there may be any axes before it.
 """
 
 from __future__ import annotations
@@ -84,12 +84,12 @@ def target_logit(logits_BTV: Array, targets_BT: Array) -> Array:
 
 
 def token_ids(logits_BTV: Array) -> Array:
-    """The id that each logit belongs to, [B, T, V]; as the next two, of any axes before V."""
+    """The id that each logit belongs to, [B, T, V]."""
     return jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, logits_BTV.ndim - 1)
 
 
 def entries(x_BTV: Array, at_BT: Array) -> Array:
-    """An entry of each row, [B, T]; where `at` lies outside, another of it."""
+    """An entry of each row, [B, T]; where `at` lies outside, an arbitrary one."""
     return jnp.take_along_axis(x_BTV, at_BT[..., None], axis=-1, mode="clip")[..., 0]
 
 

@@ -19,7 +19,8 @@ from jax import lax
 from lm.nn.late import late
 
 Array = jax.Array
-_LANES = 8
+LANES = 8
+"""Columns that a matrix must have a multiple of to be turned in pieces."""
 LEAST_SHARED = 2**18
 """Numbers of a matrix from which threads share its product: fewer take less time than the threads' meeting."""
 LEAST_CAST_AGAIN = 2**20
@@ -91,7 +92,7 @@ def sum_of_rows(x_ZMK: Array, y_ZMN: Array, numerics: Numerics) -> Array:
     def turned(x: Array, y: Array) -> Array:
         return _dot(_turned(x.astype(numerics.dtype)), y, rows + 1, rows, numerics)
 
-    if numerics.dtype != "bfloat16" or x_ZMK.shape[-1] % _LANES:
+    if numerics.dtype != "bfloat16" or x_ZMK.shape[-1] % LANES:
         return in_place(x_ZMK, y_ZMN)
     # XLA's fast bfloat16 product on CPUs doesn't contract rows: 150 GFLOP/s become 350, the transpose included.
     return lax.platform_dependent(x_ZMK, y_ZMN, cpu=turned, default=in_place)
@@ -101,7 +102,7 @@ def _turned(x_ZMK: Array) -> Array:
     """xᵀ, [..., K, M], by way of a reshape: XLA folds a plain transpose back into the product."""
     *Z, M, K = x_ZMK.shape
     z = len(Z)
-    pieces = x_ZMK.reshape(*Z, M, K // _LANES, _LANES)
+    pieces = x_ZMK.reshape(*Z, M, K // LANES, LANES)
     return pieces.transpose(*range(z), z + 1, z + 2, z).reshape(*Z, K, M)
 
 

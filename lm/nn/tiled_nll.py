@@ -1,7 +1,8 @@
 """Head, loss and gradients of a large vocabulary on a CPU, a tile of the head's matrix after another.
 
 No product needs a copy of the matrix in the compute dtype, or something of its size to be added to its gradient, and
-nothing is computed twice. What is held of the logits is exponentials, in the compute dtype.
+nothing is computed twice. What is held of the logits is exponentials in the compute dtype: 2 M V bytes of bfloat16, 103
+MB for 1024 positions of GPT-2.
 
 Shapes: M positions, D model width, V vocabulary rows, t tiles, v = V / t rows of the vocabulary in a tile.
 """
@@ -15,26 +16,32 @@ import jax.numpy as jnp
 from jax import lax
 
 from lm.nn.head import entries, finish_logits, with_entries
-from lm.nn.matmul import Numerics, product, sum_of_rows
+from lm.nn.matmul import LANES, Numerics, product, sum_of_rows
 
 Array = jax.Array
 
-TILE_ENTRIES, MOST_TILES, TILE_POSITIONS = 2**21, 16, 1024
-"""Of the matrix in a tile at least, of a matrix, and M at most: of more positions a tile's arrays would leave the
-caches."""
+LEAST_TILE = 2**21
+"""Numbers of the matrix in a tile."""
+MOST_TILES = 16
+TILE_POSITIONS = 1024
+"""M, or one of each row where there are more rows: of more positions a tile's arrays would leave the caches."""
 
 
-def tile_count(entries: int, vocabulary_rows: int, dtype: str) -> int:
-    """t of a matrix, in that compute dtype; 1: its logits had better be held as they are, as always in float32."""
+def tile_count(size: int, vocabulary_rows: int, dtype: str) -> int:
+    """t of a matrix of so many numbers, in that compute dtype; 1: its logits had better be held as they are, as always
+    in float32."""
     tiles = 1
-    while 2 * tiles <= MOST_TILES and vocabulary_rows % (2 * tiles) == 0 and entries >= 2 * tiles * TILE_ENTRIES:
+    while 2 * tiles <= MOST_TILES and vocabulary_rows % (2 * tiles * LANES) == 0 and size >= 2 * tiles * LEAST_TILE:
         tiles *= 2
     return tiles if dtype == "bfloat16" else 1
 
 
 class TiledLoss(NamedTuple):
-    """log Z and the target's logit of each position, float32, and the gradients of the objective, float32: of the
-    matrix, as it lies, and of x."""
+    """All float32.
+
+    log_z_M, logit_M: log Z and the target's logit of each position. dw: the gradient of the objective by the matrix, as
+    it lies, added to what was given. dx_MD: that by x.
+    """
 
     log_z_M: Array
     logit_M: Array
@@ -43,13 +50,13 @@ class TiledLoss(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """Over the tiles so far, float32: the greatest logit, Σ exp beside it, the target's logit, and the sum of rows of
-    the matrix, each times its exponential."""
+    """Over the tiles so far, float32: the greatest logit, Σ exp beside it, the target's logit, and the sum over all ids
+    but the target of the exponential, times the cap's slope, times the id's row of the matrix."""
 
     most_M1: Array
     sums_M1: Array
     logit_M: Array
-    dx_MD: Array
+    others_MD: Array
 
 
 def tiled_loss(
@@ -57,8 +64,9 @@ def tiled_loss(
     x_MD: Array,
     targets_M: Array,
     weights_M: Array,
-    dw_before: Array | None,
+    dw: Array,
     *,
+    fresh: bool,
     tied: bool,
     tiles: int,
     vocabulary: int,
@@ -68,17 +76,21 @@ def tiled_loss(
 ) -> TiledLoss:
     """Losses and gradients of Σ weight · (nll + z_loss · log² Z), as `lm.nn.chunked_nll.head_loss` defines it.
 
-    The gradient of a logit is rate · e^(logit - log Z), less weight at the target's, with rate = weight · (1 + 2 z_loss
-    log Z). log Z is known only after the last tile: until then exponentials are shifted by the greatest logit so far.
-    A later shift is a factor of a row, which the gradient of x takes as it grows, as attention in blocks does (Dao et
-    al. 2022, arXiv:2205.14135), and the gradient of the matrix by way of x. The target's entry is left out of the
-    products and added to both gradients in float32: rounded apart, its two terms would lose a sure prediction's.
+    The gradient of a logit before its cap is rate · e^(logit - log Z), less weight at the target's, times the cap's
+    slope, with rate = weight · (1 + 2 z_loss log Z). log Z is known only after the last tile: until then exponentials
+    are shifted by the greatest logit so far. A later shift is a factor of a row, which the gradient of x takes as it
+    grows, as attention in blocks does (Dao et al. 2022, arXiv:2205.14135), and the gradient of the matrix by way of x.
+    The target's entry is left out of the products and added to both gradients in float32: rounded apart, its two terms
+    would lose a sure prediction's.
 
     Args:
-      w: [V, D] if `tied`, else [D, V].
+      w: [V, D] if `tied`, else [D, V], float32.
+      x_MD: what the head reads, of any dtype.
       targets_M: ids below `vocabulary`, which may be less than V.
-      dw_before: what to add the matrix's gradient to, float32; None: nothing.
+      weights_M: float32.
+      dw: what to add the matrix's gradient to, as w; `fresh`: it is zeros, and isn't read.
       tiles: t, which divides V.
+      softcap, z_loss: None: off.
     """
     axis = 0 if tied else 1
     V, width, rows = w.shape[axis], w.shape[axis] // tiles, x_MD.shape[0]
@@ -92,8 +104,9 @@ def tiled_loss(
         return 1.0 if softcap is None else 1.0 - jnp.square(logits / softcap)
 
     def forward(found: _Found, tile: Array) -> tuple[_Found, tuple[Array, Array]]:
-        """And exponentials of all but the targets, the bits of the compute dtype, with their shift."""
-        most_M1, sums_M1, logit_M, dx_MD = found
+        """What is found with one more tile; its exponentials times the cap's slope, zeros at the targets, as bits of
+        the compute dtype; and their shift."""
+        most_M1, sums_M1, logit_M, others_MD = found
         matrix = part(w, tile).astype(numerics.dtype)
         real = vocabulary - tile * width if vocabulary < V else V
         logits_Mv = finish_logits(product(x_MD, matrix, tied, numerics), None, vocabulary=real, softcap=softcap)
@@ -105,14 +118,14 @@ def tiled_loss(
         logit_M = jnp.where((at_M >= 0) & (at_M < width), entries(logits_Mv, at_M), logit_M)
         d_Mv = e_Mv if softcap is None else jnp.where(e_Mv > 0, e_Mv * slope(logits_Mv), 0.0)  # -inf past `vocabulary`
         others_Mv = with_entries(d_Mv.astype(numerics.dtype), jnp.zeros(rows, numerics.dtype), at_M)
-        dx_MD = dx_MD * shrink_M1 + product(others_Mv, matrix, not tied, numerics)
+        others_MD = others_MD * shrink_M1 + product(others_Mv, matrix, not tied, numerics)
         # As whole numbers: JAX 0.10 would make a float32 copy of all that is held to put bfloat16 in.
         held_Mv = lax.bitcast_convert_type(others_Mv, f"uint{8 * others_Mv.itemsize}")
-        return _Found(more_M1, sums_M1, logit_M, dx_MD), (held_Mv, more_M1)
+        return _Found(more_M1, sums_M1, logit_M, others_MD), (held_Mv, more_M1)
 
     zeros_M1 = jnp.zeros((rows, 1), jnp.float32)
     start = _Found(zeros_M1 - jnp.inf, zeros_M1, zeros_M1[:, 0], jnp.zeros(x_MD.shape, jnp.float32))
-    (most_M1, sums_M1, logit_M, dx_MD), held_t = lax.scan(forward, start, jnp.arange(tiles))
+    (most_M1, sums_M1, logit_M, others_MD), held_t = lax.scan(forward, start, jnp.arange(tiles))
 
     log_z_M = most_M1[:, 0] + jnp.log(sums_M1[:, 0])
     rate_M = weights_M if z_loss is None else weights_M * (1.0 + 2.0 * z_loss * log_z_M)
@@ -127,13 +140,12 @@ def tiled_loss(
         others_Mv = lax.bitcast_convert_type(held_Mv, numerics.dtype)
         rated_MD = rated(shift_M1) * x_MD.astype(jnp.float32)
         more = sum_of_rows(*((others_Mv, rated_MD) if tied else (rated_MD, others_Mv)), numerics)
-        if dw_before is not None:
+        if not fresh:
             more += part(dw, tile)
         return lax.dynamic_update_slice_in_dim(dw, more, tile * width, axis), None
 
-    dw = jnp.zeros(w.shape, jnp.float32) if dw_before is None else dw_before
     dw, _ = lax.scan(backward, dw, (jnp.arange(tiles), held_t))
     own_x_MD = own_M1 * x_MD.astype(jnp.float32)
     dw = dw.at[targets_M].add(own_x_MD) if tied else dw.at[:, targets_M].add(own_x_MD.T)
     own_w_MD = (w[targets_M] if tied else w[:, targets_M].T).astype(numerics.dtype).astype(jnp.float32)
-    return TiledLoss(log_z_M, logit_M, dw, rated(most_M1) * dx_MD + own_M1 * own_w_MD)
+    return TiledLoss(log_z_M, logit_M, dw, rated(most_M1) * others_MD + own_M1 * own_w_MD)
