@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from lm.nn.late import late
+from lm.nn.late import late, written
 from lm.nn.layers import Dropout, drop
 from lm.nn.matmul import Numerics, heads_first, product, sum_of_rows
 
@@ -157,7 +156,7 @@ def _backward(
     p, o = late(p, do[..., :1]), late(o, do)
     # XLA's CPU library would take in what comes before and after this sum, and compute it an operation at a time: what
     # comes before from JAX 0.12 on.
-    meet = _apart(jnp.sum(_apart(do.astype(jnp.float32) * o.astype(jnp.float32)), axis=-1, keepdims=True))
+    meet = written(jnp.sum(written(do.astype(jnp.float32) * o.astype(jnp.float32)), axis=-1, keepdims=True))
     dp = product(do, v, True, numerics)
     dbias = None if bias is None else jnp.sum(p * (dp - meet), axis=0).astype(bias.dtype)
     ds = scale * p * (dp - meet)
@@ -168,8 +167,3 @@ def _backward(
 
 
 _attend.defvjp(_forward, _backward)
-
-
-def _apart(x: Array) -> Array:
-    """x, which a CPU computes by itself."""
-    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)

@@ -20,7 +20,7 @@ from lm.nn.late import late
 
 Array = jax.Array
 LANES = 8
-"""Columns that a matrix must have a multiple of to be turned in pieces."""
+"""A CPU turns a matrix fast, in pieces as wide, if its columns are a multiple of this."""
 LEAST_SHARED = 2**18
 """Numbers of a matrix from which threads share its product: fewer take less time than the threads' meeting."""
 LEAST_CAST_AGAIN = 2**20

@@ -21,7 +21,7 @@ from lm.nn.matmul import LANES, Numerics, product, sum_of_rows
 Array = jax.Array
 
 LEAST_TILE = 2**21
-"""Numbers of the matrix in a tile."""
+"""Numbers of the matrix in a tile, at least."""
 MOST_TILES = 16
 TILE_POSITIONS = 1024
 """M, or one of each row where there are more rows: of more positions a tile's arrays would leave the caches."""

@@ -13,12 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lm.nn.late import written
+
 Array = jax.Array
-
-
-def written(tree: Any) -> Any:
-    """The arrays as they lie, on CPUs: their readers don't compute them again. GPUs and TPUs do both in one pass."""
-    return jax.lax.platform_dependent(tree, cpu=jax.lax.optimization_barrier, default=lambda same: same)
 
 
 def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:

@@ -18,8 +18,8 @@ from lm.data.pipeline import Batch
 from lm.nn import language_model
 from lm.nn.attention import Attend
 from lm.nn.encoder import Gather
+from lm.nn.late import written
 from lm.nn.layers import Constrain
-from lm.training.adam import written
 from lm.training.optimizer import apply_updates
 from lm.training.schedule import learning_rate
 from lm.training.state import Skipped, TrainState
